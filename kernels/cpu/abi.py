@@ -1,0 +1,93 @@
+"""The shared library's functions, typed for ctypes."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from .build import default_isa, library
+
+_P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "sfx_error": (ctypes.c_char_p, []),
+    "sfx_lanes": (_INT, []),
+    "sfx_layer_new": (_P, [_P, _P]),
+    "sfx_layer_free": (None, [_P]),
+    "sfx_layer_nnz": (_I64, [_P]),
+    "sfx_layer_tune": (_INT, [_P, _INT, _P]),
+    "sfx_layer_tiling": (_INT, [_P, _INT, _I64, _I64, _I64, _INT, _P, _P]),
+    "sfx_layer_collect": (_INT, [_P, _INT, _P, _P, _INT]),
+    "sfx_layer_scatter": (_INT, [_P, _INT, _P, _P, _INT]),
+    "sfx_conv_gather": (_INT, [_P, _INT, _INT, _P, _I64, _I64, _I64, _P, _P, _INT, _P, _INT]),
+    "sfx_conv_wgrad": (_INT, [_P, _INT, _P, _P, _I64, _I64, _I64, _P, _INT]),
+    "sfx_linear_gather": (_INT, [_P, _INT, _INT, _P, _I64, _P, _P, _INT, _P, _INT]),
+    "sfx_linear_wgrad": (_INT, [_P, _INT, _P, _P, _I64, _P, _INT]),
+    "sfx_conv_pixels": (_INT, [_P, _INT, _P, _I64, _I64, _I64, _P, _P, _INT, _P, _INT]),
+    "sfx_linear_rows": (_INT, [_P, _INT, _P, _I64, _P, _P, _INT, _P, _INT]),
+    "sfx_convert": (None, [_INT, _INT, _P, _P, _I64, _I64, _I64, _INT, _INT]),
+    "sfx_norm": (None, [_INT, _INT, _P, _I64, _I64, _I64, _INT]),
+    "sfx_advise": (None, [_P, _I64]),
+    "sfx_peak": (ctypes.c_double, [_INT]),
+}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+BLOCK = 16
+_HUGE = 4 << 20
+
+
+@functools.cache
+def _load(isa: str) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(library(isa)))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+def load(isa: str | None = None) -> ctypes.CDLL:
+    """The library for `isa`, or for the best instruction set of this processor; built and loaded once.
+
+    Raises:
+        CompilerUnavailable: if it cannot be built.
+    """
+    return _load(isa or default_isa())
+
+
+def check(lib: ctypes.CDLL, status: int) -> None:
+    """Raise what a kernel reported.
+
+    Raises:
+        RuntimeError: if `status` is not zero.
+    """
+    if status:
+        raise RuntimeError(f"CPU kernel: {lib.sfx_error().decode()}")
+
+
+def empty(lib: ctypes.CDLL, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialized tensor; a large one asks for huge pages, which are far cheaper to fault in anew each step."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes >= _HUGE:
+        lib.sfx_advise(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Address of a tensor's data, None for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def require(name: str, tensor: torch.Tensor, *, dtype: torch.dtype | None = None, dims: int | None = None) -> None:
+    """Check that a kernel can read `tensor` through its pointer.
+
+    Raises:
+        ValueError: if it is not a contiguous CPU tensor of the dtype (fp32 or bf16 if None) and dimension.
+    """
+    wanted = [dtype] if dtype else list(DTYPES)
+    sound = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in wanted
+    if not sound or (dims is not None and tensor.dim() != dims):
+        raise ValueError(
+            f"{name}: expected a contiguous CPU tensor of {wanted}"
+            + (f" with {dims} dimensions" if dims else "")
+            + ", "
+            f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; call .contiguous() or convert it"
+        )

@@ -1,0 +1,140 @@
+"""BatchNorm with an optional residual and ReLU on blocked activations `[B, C, H, W, 16]`, one pass of memory each."""
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from .abi import BLOCK, DTYPES, empty, load, pointer, require
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "grad", "y", "dx", "dresidual", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("mean", "var", "rstd", "dweight", "dbias")),
+        ("eps", ctypes.c_double),
+        ("training", ctypes.c_int32),
+        ("relu", ctypes.c_int32),
+    )
+
+
+class Normalized(NamedTuple):
+    """Result of the forward pass: `y` blocked, `mean` and `rstd` `[C]` fp32 as backward needs them."""
+
+    y: torch.Tensor
+    mean: torch.Tensor
+    rstd: torch.Tensor
+
+
+class NormGrads(NamedTuple):
+    """Result of the backward pass: `dx` and `dresidual` blocked, `dweight` and `dbias` `[C]` fp32."""
+
+    dx: torch.Tensor
+    dweight: torch.Tensor
+    dbias: torch.Tensor
+    dresidual: torch.Tensor | None
+
+
+def batch_norm_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    images: int | None = None,
+    residual: torch.Tensor | None = None,
+    relu: bool = False,
+) -> Normalized:
+    """Normalize, add `residual`, clamp at zero; update the running statistics as `torch.nn.BatchNorm2d` does.
+
+    Args:
+        x, residual: `[B, C, H, W, 16]` fp32 or bf16.
+        weight, bias, running_mean, running_var: `[C]` fp32 or None; the running ones are changed in training.
+        training: Use the statistics of the batch; otherwise the running ones.
+        momentum: Weight of the new statistics in the running ones.
+        images: How many images `x` holds; all of its lanes if None.
+    Raises:
+        ValueError: in training with a single value per channel, in eval without running statistics.
+    """
+    require("x", x, dims=5)
+    b, c, h, w, _ = x.shape
+    n = images or b * BLOCK
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual: expected {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}")
+    if training and n * h * w < 2:
+        raise ValueError("batch norm: expected more than 1 value per channel in training, got 1; use eval mode")
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("batch norm: expected running statistics in eval mode, got None; use training mode")
+    lib = load()
+    y = empty(lib, x.shape, x.dtype)
+    mean, var, rstd = (torch.empty(c) for _ in range(3))
+    if not training and running_mean is not None and running_var is not None:
+        mean.copy_(running_mean)
+        rstd.copy_((running_var.double() + eps).rsqrt())
+    arguments = _Arguments(
+        x=pointer(x), residual=_channels_or_blocked(residual), y=pointer(y), weight=_channels_or_blocked(weight),
+        bias=_channels_or_blocked(bias), mean=pointer(mean), var=pointer(var), rstd=pointer(rstd), eps=eps,
+        training=training, relu=relu,
+    )  # fmt: skip
+    lib.sfx_norm(0, DTYPES[x.dtype], ctypes.byref(arguments), n, c, h * w, torch.get_num_threads())
+    if training and running_mean is not None and running_var is not None:
+        count = n * h * w
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (count / (count - 1)), momentum)
+    return Normalized(y, mean, rstd)
+
+
+def batch_norm_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    *,
+    training: bool,
+    images: int | None = None,
+    relu: bool = False,
+    residual: bool = False,
+) -> NormGrads:
+    """Gradients of `batch_norm_forward`.
+
+    Args:
+        grad: Of `y`.
+        x: The forward's input.
+        y: The forward's output; may be None without a residual, then the ReLU's sign is recomputed from `x`.
+        mean, rstd: The forward's.
+        residual: Whether the forward added one.
+    """
+    require("x", x, dims=5)
+    require("grad", grad, dtype=x.dtype, dims=5)
+    if grad.shape != x.shape or (y is not None and (y.shape != x.shape or y.dtype != x.dtype)):
+        raise ValueError(f"grad, y: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(grad.shape)}")
+    if residual and relu and y is None:
+        raise ValueError("y: expected the forward's output where a residual was added before the ReLU, got None")
+    b, c, h, w, _ = x.shape
+    lib = load()
+    dx = empty(lib, x.shape, x.dtype)
+    dresidual = empty(lib, x.shape, x.dtype) if residual else None
+    dweight, dbias = torch.empty(c), torch.empty(c)
+    arguments = _Arguments(
+        x=pointer(x), grad=pointer(grad), y=_channels_or_blocked(y), dx=pointer(dx), dresidual=pointer(dresidual),
+        weight=_channels_or_blocked(weight), bias=_channels_or_blocked(bias), mean=pointer(mean), rstd=pointer(rstd),
+        dweight=pointer(dweight), dbias=pointer(dbias), training=training, relu=relu,
+    )  # fmt: skip
+    n = images or b * BLOCK
+    lib.sfx_norm(1, DTYPES[x.dtype], ctypes.byref(arguments), n, c, h * w, torch.get_num_threads())
+    return NormGrads(dx, dweight, dbias, dresidual)
+
+
+def _channels_or_blocked(tensor: torch.Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    tensor = tensor.detach()
+    require("batch norm argument", tensor, dtype=None if tensor.dim() == 5 else torch.float32)
+    return pointer(tensor)

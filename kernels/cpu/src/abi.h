@@ -1,0 +1,65 @@
+// Everything that crosses the C ABI. Functions that return int give 0, or 1 with sfx_error() set.
+// dtype: 0 = fp32, 1 = bf16. Weights' values are fp32, one for each existing weight in row-major order.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+const char* sfx_error();
+int sfx_lanes();
+
+// shape: out, in, R, S, stride (2), pad (2), dilation (2), groups. mask: [out, in / groups, R, S] bytes.
+void* sfx_layer_new(const int64_t* shape, const uint8_t* mask);
+void sfx_layer_free(void* layer);
+int64_t sfx_layer_nnz(void* layer);
+
+// Fix the tiling of a pass (rows, cols, batch, strip_rows, strip_cols, chunk, block), or let it be chosen (null).
+int sfx_layer_tune(void* layer, int kind, const int64_t* tiling);
+int sfx_layer_tiling(void* layer, int kind, int64_t h, int64_t w, int64_t images, int threads, int64_t* tiling,
+                     double* build_ms);
+
+// Dense weight to values, and values to a dense gradient that is zero elsewhere.
+int sfx_layer_collect(void* layer, int dtype, const void* weight, float* values, int threads);
+int sfx_layer_scatter(void* layer, int dtype, const float* values, void* dense, int threads);
+
+// kind: 0 = fprop, 1 = dgrad. h, w: the layer's input size.
+int sfx_conv_gather(void* layer, int kind, int dtype, const void* in, int64_t images, int64_t h, int64_t w,
+                    const float* values, const float* bias, int relu, void* out, int threads);
+int sfx_conv_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, int64_t h, int64_t w,
+                   float* values, int threads);
+int sfx_linear_gather(void* layer, int kind, int dtype, const void* in, int64_t images, const float* values,
+                      const float* bias, int relu, void* out, int threads);
+int sfx_linear_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, float* values,
+                     int threads);
+
+// One image at a time, lanes over pixels: x [images, in, h, w] to out [images, out, h', w'].
+int sfx_conv_pixels(void* layer, int dtype, const void* in, int64_t images, int64_t h, int64_t w, const float* values,
+                    const float* bias, int relu, void* out, int threads);
+// A few rows, each a sparse matrix-vector product.
+int sfx_linear_rows(void* layer, int dtype, const void* in, int64_t images, const float* values, const float* bias,
+                    int relu, void* out, int threads);
+
+// [images, channels, pixels] (or [images, pixels, channels] where channels_last) to [blocks, channels, pixels, 16],
+// whose lanes beyond `images` become zero, or back.
+void sfx_convert(int to_blocked, int dtype, const void* from, void* to, int64_t images, int64_t channels,
+                 int64_t pixels, int channels_last, int threads);
+
+// BatchNorm (+ residual) (+ ReLU). Activations are blocked, of one dtype; the rest is fp32 per channel.
+struct SfxNorm {
+  const void *x, *residual, *grad;
+  void *y, *dx, *dresidual;                 // backward: y may be null where there is no residual
+  const float *weight, *bias;               // null: 1 and 0
+  float *mean, *var, *rstd;                 // written when training in forward, else read (var unused)
+  float *dweight, *dbias;
+  double eps;
+  int32_t training, relu;
+};
+void sfx_norm(int backward, int dtype, const SfxNorm* arguments, int64_t images, int64_t channels, int64_t pixels,
+              int threads);
+
+// Asks for huge pages for memory that is about to be written for the first time.
+void sfx_advise(void* data, int64_t bytes);
+// Multiply-adds per second of `threads` threads in registers, in GFLOP/s.
+double sfx_peak(int threads);
+
+}  // extern "C"

@@ -1,0 +1,172 @@
+// Loops over strips, tiles, blocks and chunks, for any storage of activations.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "io.h"
+#include "plan.h"
+#include "runtime.h"
+
+namespace sfx {
+
+// out[n] = value of each entry in list order, from `values` in Pattern order.
+inline void permute(const Lists& lists, const float* values, float* out, int threads) {
+  const int64_t n = lists.entries();
+#pragma omp parallel for num_threads(threads) if (threads > 1 && n > 20000) schedule(static)
+  for (int64_t k = 0; k < n; ++k) out[k] = values[lists.source[k]];
+}
+
+inline TileAt strip_at(const PhasePlan& p, int64_t strip) {
+  const int64_t x = strip % p.strips_x, y = strip / p.strips_x % p.strips_y, b = strip / (p.strips_x * p.strips_y);
+  return {y * p.tiling.strip_rows * p.tiling.rows, x * p.tiling.strip_cols * p.tiling.cols, b * p.tiling.batch};
+}
+
+// fprop, and dgrad with the roles exchanged: every output of the pass is written once.
+template <class In, class Out>
+void run_gather(const PassPlan& pass, const In& in, const Out& out, const float* values, Epilogue epilogue,
+                int threads) {
+  int64_t items = 0, entries = 0, packed = 0, sums = 0;
+  std::vector<int64_t> first_item, first_value;
+  for (const PhasePlan& p : pass.phases) {
+    first_item.push_back(items);
+    first_value.push_back(entries);
+    items += p.strips() * p.lists.blocks;
+    entries += p.lists.entries();
+    const int64_t channels = p.one_tile() ? p.lists.chunk : int64_t(p.lists.live.size());
+    packed = std::max(packed, align64(p.packed_bytes(channels)));
+    sums = std::max(sums, align64(p.lists.block * p.tile_bytes()));
+  }
+  float* value = reinterpret_cast<float*>(scratch(0, entries * 4 + 64));
+  for (size_t i = 0; i < pass.phases.size(); ++i)
+    permute(pass.phases[i].lists, values, value + first_value[i], threads);
+  char* memory = scratch(1, (packed + sums) * threads + 64);
+
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
+  for (int64_t item = 0; item < items; ++item) {
+    const size_t phase = std::upper_bound(first_item.begin(), first_item.end(), item) - first_item.begin() - 1;
+    const PhasePlan& p = pass.phases[phase];
+    const Lists& lists = p.lists;
+    const int64_t block = (item - first_item[phase]) % lists.blocks;
+    const TileAt strip = strip_at(p, (item - first_item[phase]) / lists.blocks);
+    char* x = memory + omp_get_thread_num() * (packed + sums);
+    char* acc = x + packed;
+    const int64_t c0 = block * lists.block, width = std::min(lists.block, lists.outputs - c0);
+    if (!p.one_tile()) in.pack(x, lists.live.data(), int64_t(lists.live.size()), p, strip);
+    for (int64_t ty = 0; ty < p.tiling.strip_rows; ++ty)
+      for (int64_t tx = 0; tx < p.tiling.strip_cols; ++tx) {
+        const TileAt tile{strip.y + ty * p.tiling.rows, strip.x + tx * p.tiling.cols, strip.batch};
+        if (tile.y >= p.y.count || tile.x >= p.x.count) continue;
+        const char* base = x + ty * p.tiling.rows * p.row_bytes + tx * p.tiling.cols * p.cell_bytes;
+        for (uint32_t k = lists.empty_start[block]; k < lists.empty_start[block + 1]; ++k)
+          std::memset(acc + lists.empty[k] * p.tile_bytes(), 0, p.tile_bytes());
+        for (int64_t c = 0; c < lists.chunks; ++c) {
+          const Cell& cell = lists.cells[block * lists.chunks + c];
+          if (cell.first_record == cell.end_record) continue;
+          const char* from = base;
+          if (p.one_tile()) {
+            const int64_t n = std::min(lists.chunk, int64_t(lists.live.size()) - c * lists.chunk);
+            in.pack(x, lists.live.data() + c * lists.chunk, n, p, strip);
+          } else {
+            from += c * lists.chunk * p.channel_bytes;
+          }
+          const uint32_t* offset = lists.offset.data() + cell.entry;
+          const float* v = value + first_value[phase] + cell.entry;
+          const Record* records = lists.records.data() + cell.first_record;
+          const int64_t first = cell.more_record - cell.first_record;
+          p.kernel->fma(from, p.row_bytes, records, first, offset, v, acc, true);
+          for (int64_t r = 0; r < first; ++r) {
+            offset += records[r].count;
+            v += records[r].count;
+          }
+          p.kernel->fma(from, p.row_bytes, records + first, cell.end_record - cell.more_record, offset, v, acc, false);
+        }
+        out.unpack(acc, c0, width, p, tile, epilogue);
+      }
+  }
+}
+
+// Gradient of existing weights, in Pattern order, summed over splits in a fixed order: the result depends on the
+// number of threads only.
+template <class In, class Grad>
+void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values, int threads) {
+  constexpr int64_t PARTIAL_BUDGET = 384 << 10;
+  const PhasePlan& p = pass.phases[0];
+  const Lists& lists = p.lists;
+  struct Unit {
+    int64_t block, chunk0, chunk1;
+  };
+  std::vector<Unit> units;
+  int64_t most = 0;
+  for (int64_t b = 0; b < lists.blocks; ++b)
+    for (int64_t c = 0; c < lists.chunks;) {
+      const int64_t c0 = c, e0 = lists.cells[b * lists.chunks + c].entry;
+      const auto end = [&](int64_t k) { return int64_t(lists.cells[b * lists.chunks + k + 1].entry); };
+      do ++c;
+      while (c < lists.chunks && (end(c) - e0) * 4 <= PARTIAL_BUDGET);
+      if (end(c - 1) == e0) continue;
+      units.push_back({b, c0, c});
+      most = std::max(most, end(c - 1) - e0);
+    }
+  const int64_t n_units = int64_t(units.size()), strips = p.strips();
+  const int64_t splits = std::clamp<int64_t>(n_units >= 4 * threads || threads == 1 ? 1 : 2 * threads, 1, strips);
+  const int64_t entries = lists.entries();
+  const int64_t channels = p.one_tile() ? lists.chunk : int64_t(lists.live.size());
+  const int64_t packed = align64(p.packed_bytes(channels)), held = align64(lists.block * p.tile_bytes());
+  const int64_t each = packed + held + align64((most + LANES) * 4);
+  float* result = reinterpret_cast<float*>(scratch(0, splits * entries * 4 + 64));
+  char* memory = scratch(1, each * threads + 64);
+
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
+  for (int64_t item = 0; item < n_units * splits; ++item) {
+    const Unit unit = units[item / splits];
+    const int64_t split = item % splits;
+    char* x = memory + omp_get_thread_num() * each;
+    char* g = x + packed;
+    float* partial = reinterpret_cast<float*>(g + held);
+    const Cell* cells = lists.cells.data() + unit.block * lists.chunks;
+    const int64_t e0 = cells[unit.chunk0].entry, n = cells[unit.chunk1].entry - e0;
+    const int64_t c0 = unit.block * lists.block, width = std::min(lists.block, lists.outputs - c0);
+    std::memset(partial, 0, (n + LANES) * 4);
+    for (int64_t s = strips * split / splits; s < strips * (split + 1) / splits; ++s) {
+      const TileAt strip = strip_at(p, s);
+      const int64_t live = int64_t(lists.live.size()), first = unit.chunk0 * lists.chunk;
+      if (!p.one_tile())
+        in.pack(x, lists.live.data() + first, std::min(unit.chunk1 * lists.chunk, live) - first, p, strip);
+      for (int64_t ty = 0; ty < p.tiling.strip_rows; ++ty)
+        for (int64_t tx = 0; tx < p.tiling.strip_cols; ++tx) {
+          const TileAt tile{strip.y + ty * p.tiling.rows, strip.x + tx * p.tiling.cols, strip.batch};
+          if (tile.y >= p.y.count || tile.x >= p.x.count) continue;
+          int64_t channel_pitch = p.tile_bytes(), row_pitch = p.tiling.cols * p.cell_bytes;
+          const char* held_g = grad.tile_in_place(c0, p, tile, &channel_pitch, &row_pitch);
+          if (!held_g) {
+            grad.pack_tile(g, c0, width, p, tile);
+            held_g = g;
+          }
+          const char* base = x + ty * p.tiling.rows * p.row_bytes + tx * p.tiling.cols * p.cell_bytes;
+          for (int64_t c = unit.chunk0; c < unit.chunk1; ++c) {
+            const Cell& cell = cells[c];
+            if (cell.first_record == cell.end_record) continue;
+            const char* from = base;
+            if (p.one_tile())
+              in.pack(x, lists.live.data() + c * lists.chunk, std::min(lists.chunk, live - c * lists.chunk), p, strip);
+            else
+              from += (c - unit.chunk0) * lists.chunk * p.channel_bytes;
+            p.kernel->dot(from, p.row_bytes, lists.records.data() + cell.first_record,
+                          cell.end_record - cell.first_record, lists.offset.data() + cell.entry, held_g,
+                          channel_pitch, row_pitch, partial + (cell.entry - e0));
+          }
+        }
+    }
+    std::memcpy(result + split * entries + e0, partial, n * 4);
+  }
+#pragma omp parallel for num_threads(threads) if (threads > 1 && entries > 20000) schedule(static)
+  for (int64_t k = 0; k < entries; ++k) {
+    float total = 0;
+    for (int64_t s = 0; s < splits; ++s) total += result[s * entries + k];
+    values[lists.source[k]] = total;
+  }
+}
+
+}  // namespace sfx

@@ -1,0 +1,269 @@
+// Storage that the drivers read and write, a tile at a time: blocked activations, and rows of features.
+#pragma once
+#include <algorithm>
+
+#include "plan.h"
+#include "simd.h"
+#include "transpose.h"
+
+namespace sfx {
+
+constexpr int64_t STREAM_BYTES = 12 << 20;  // an output larger than this is not in cache when it is read next
+
+struct TileAt {            // a tile (or strip) of a phase
+  int64_t y, x;            // first output row and column, in the phase's numbering
+  int64_t batch;           // first block of images
+};
+
+struct Epilogue {
+  const float* bias;  // [channels] or null
+  bool relu;
+};
+
+// Zeros lanes of images that do not exist: the last block's lanes from `images % 16` on.
+struct LaneMask {
+  vi keep[VECS];
+  explicit LaneMask(int64_t images) {
+    for (int v = 0; v < VECS; ++v)
+      for (int i = 0; i < LANES; ++i) keep[v][i] = v * LANES + i < images ? -1 : 0;
+  }
+  SFX_INLINE vf apply(vf value, int v) const { return (vf)((vi)value & keep[v]); }
+};
+
+// [blocks, channels, h, w, 16]
+template <class T>
+struct Blocked {
+  T* data;
+  int64_t images, channels, h, w;
+
+  T* at(int64_t block, int64_t channel, int64_t y, int64_t x) const {
+    return data + (((block * channels + channel) * h + y) * w + x) * BLOCK;
+  }
+
+  // Copies the strip at `at` for `n` channels into `out`, [n][rows][columns][batch][16] with pitches of `p`.
+  void pack(char* out, const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt at_) const {
+    const int64_t blocks = (images + BLOCK - 1) / BLOCK, batch = p.tiling.batch;
+    const int64_t y0 = at_.y * p.y.in_step, x0 = at_.x * p.x.in_step;
+    const int64_t rows = p.pack_y.pitch, columns = p.pack_x.pitch;
+    const bool runs = p.x.in_step == 1 && batch == 1;
+    const int64_t first = p.pack_x.source.empty() ? 0 : p.pack_x.source[0] + x0;
+    const int64_t left = std::clamp<int64_t>(-first, 0, columns);
+    const int64_t right = std::clamp<int64_t>(w - first, left, columns);
+    for (int64_t c = 0; c < n; ++c)
+      for (int64_t r = 0; r < rows; ++r) {
+        char* to = out + c * p.channel_bytes + r * p.row_bytes;
+        const int64_t y = p.pack_y.source[r] + y0;
+        if (y < 0 || y >= h) {
+          std::memset(to, 0, p.row_bytes);
+        } else if (runs) {
+          std::memset(to, 0, left * LINE);
+          const T* from = at(at_.batch, channel[c], y, first + left);
+          for (int64_t i = 0; i < (right - left) * VECS; ++i)
+            store(to + left * LINE + i * LANES * 4, load_as_float(from + i * LANES));
+          std::memset(to + right * LINE, 0, (columns - right) * LINE);
+        } else {
+          for (int64_t k = 0; k < columns; ++k) {
+            const int64_t x = p.pack_x.source[k] + x0;
+            for (int64_t b = 0; b < batch; ++b, to += LINE) {
+              if (x < 0 || x >= w || at_.batch + b >= blocks) {
+                std::memset(to, 0, LINE);
+                continue;
+              }
+              const T* from = at(at_.batch + b, channel[c], y, x);
+              for (int v = 0; v < VECS; ++v) store(to + v * LANES * 4, load_as_float(from + v * LANES));
+            }
+          }
+        }
+      }
+    std::memset(out + n * p.channel_bytes, 0, p.tail_bytes);
+  }
+
+  // Copies a tile of outputs of channels [c0, c0 + n) into `out`, [n][rows][columns][batch][16]; zero outside.
+  void pack_tile(char* out, int64_t c0, int64_t n, const PhasePlan& p, TileAt t) const {
+    const int64_t blocks = (images + BLOCK - 1) / BLOCK;
+    for (int64_t c = c0; c < c0 + n; ++c)
+      for (int64_t r = 0; r < p.tiling.rows; ++r)
+        for (int64_t k = 0; k < p.tiling.cols; ++k)
+          for (int64_t b = 0; b < p.tiling.batch; ++b, out += LINE) {
+            if (t.y + r >= p.y.count || t.x + k >= p.x.count || t.batch + b >= blocks) {
+              std::memset(out, 0, LINE);
+              continue;
+            }
+            const T* from = at(t.batch + b, c, t.y + r, t.x + k);
+            for (int v = 0; v < VECS; ++v) store(out + v * LANES * 4, load_as_float(from + v * LANES));
+          }
+  }
+
+  // Writes a tile of sums of channels [c0, c0 + n). Lanes without an image are written as zero.
+  void unpack(const char* acc, int64_t c0, int64_t n, const PhasePlan& p, TileAt t, Epilogue e) const {
+    const int64_t blocks = (images + BLOCK - 1) / BLOCK, batch = p.tiling.batch;
+    const int64_t rows = std::min(p.tiling.rows, p.y.count - t.y), columns = std::min(p.tiling.cols, p.x.count - t.x);
+    const bool tail = images % BLOCK && e.bias;
+    const bool past_caches = sizeof(T) == 4 && blocks * channels * h * w * LINE > STREAM_BYTES;
+    const LaneMask mask(images % BLOCK ? images % BLOCK : BLOCK);
+    for (int64_t c = 0; c < n; ++c) {
+      const vf bias = splat(e.bias ? e.bias[c0 + c] : 0.0f);
+      const char* from = acc + c * p.tile_bytes();
+      for (int64_t b = 0; b < batch && t.batch + b < blocks; ++b)
+        for (int64_t r = 0; r < rows; ++r) {
+          T* to = at(t.batch + b, c0 + c, p.y.first + (t.y + r) * p.y.out_step, p.x.first + t.x * p.x.out_step);
+          const char* row = from + (r * p.tiling.cols * batch + b) * LINE;
+          for (int64_t k = 0; k < columns; ++k)
+            for (int v = 0; v < VECS; ++v) {
+              vf value = load(row + k * batch * LINE + v * LANES * 4) + bias;
+              if (e.relu) value = relu(value);
+              if (tail && t.batch + b == blocks - 1) value = mask.apply(value, v);
+              T* at_k = to + k * p.x.out_step * BLOCK + v * LANES;
+              if (past_caches)
+                stream(reinterpret_cast<float*>(at_k), value);
+              else
+                store_from_float(at_k, value);
+            }
+        }
+    }
+    if (past_caches) fence();
+  }
+
+  // Where a whole tile of channel c0 lies ready as fp32 rows, or null. Sets the pitches between channels and rows.
+  const char* tile_in_place(int64_t c0, const PhasePlan& p, TileAt t, int64_t* channel, int64_t* row) const {
+    if (sizeof(T) != 4 || p.tiling.batch != 1 || t.y + p.tiling.rows > p.y.count || t.x + p.tiling.cols > p.x.count)
+      return nullptr;
+    *channel = h * w * LINE;
+    *row = w * LINE;
+    return reinterpret_cast<const char*>(at(t.batch, c0, t.y, t.x));
+  }
+};
+
+// [images, channels, h, w]; lanes are pixels, a batch of the plan is one image.
+template <class T>
+struct Pixels {
+  T* data;
+  int64_t images, channels, h, w;
+
+  void pack(char* out, const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt t) const {
+    const int64_t y0 = t.y * p.y.in_step, x0 = t.x * p.x.in_step, columns = p.pack_x.pitch;
+    const int64_t first = p.pack_x.source.empty() ? 0 : p.pack_x.source[0] + x0;
+    const int64_t left = std::clamp<int64_t>(-first, 0, columns), right = std::clamp<int64_t>(w - first, left, columns);
+    for (int64_t c = 0; c < n; ++c)
+      for (int64_t r = 0; r < p.pack_y.pitch; ++r) {
+        float* to = reinterpret_cast<float*>(out + c * p.channel_bytes + r * p.row_bytes);
+        const int64_t y = p.pack_y.source[r] + y0;
+        if (y < 0 || y >= h) {
+          std::fill(to, to + columns, 0.0f);
+          continue;
+        }
+        const T* from = data + ((t.batch * channels + channel[c]) * h + y) * w;
+        if (p.x.in_step == 1) {
+          std::fill(to, to + left, 0.0f);
+          for (int64_t k = left; k < right; ++k) to[k] = to_float(from[first + k]);
+          std::fill(to + right, to + columns, 0.0f);
+        } else {
+          for (int64_t k = 0; k < columns; ++k) {
+            const int64_t x = p.pack_x.source[k] + x0;
+            to[k] = x < 0 || x >= w ? 0.0f : to_float(from[x]);
+          }
+        }
+      }
+    std::memset(out + n * p.channel_bytes, 0, p.tail_bytes);
+  }
+
+  void unpack(const char* acc, int64_t c0, int64_t n, const PhasePlan& p, TileAt t, Epilogue e) const {
+    const int64_t rows = std::min(p.tiling.rows, p.y.count - t.y), columns = std::min(p.tiling.cols, p.x.count - t.x);
+    for (int64_t c = 0; c < n; ++c) {
+      const float* sums = reinterpret_cast<const float*>(acc + c * p.tile_bytes());
+      const float bias = e.bias ? e.bias[c0 + c] : 0.0f;
+      for (int64_t r = 0; r < rows; ++r) {
+        T* to = data + ((t.batch * channels + c0 + c) * h + t.y + r) * w + t.x;
+        for (int64_t k = 0; k < columns; ++k) {
+          const float value = sums[r * p.pack_x.pitch + k] + bias;
+          to[k] = from_float<T>(e.relu && value < 0 ? 0.0f : value);
+        }
+      }
+    }
+  }
+};
+
+// [images, features] as a linear layer has them; a tile is some blocks of images.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t images, features;
+
+  void pack(char* out, const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt t) const {
+    for (int64_t c = 0; c < n;) {
+      const bool together = c + LANES <= n && channel[c + LANES - 1] - channel[c] == LANES - 1;
+      const int64_t width = together ? LANES : 1;
+      for (int64_t b = 0; b < p.tiling.batch; ++b)
+        for (int v = 0; v < VECS; ++v) {
+          const int64_t image = (t.batch + b) * BLOCK + v * LANES;
+          char* to = out + c * p.channel_bytes + b * LINE + v * LANES * 4;
+          read(to, p.channel_bytes, channel[c], width, image);
+        }
+      c += width;
+    }
+  }
+
+  void pack_tile(char* out, int64_t c0, int64_t n, const PhasePlan& p, TileAt t) const {
+    const int64_t pitch = p.tile_bytes();
+    for (int64_t c = 0; c < n;) {
+      const int64_t width = c + LANES <= n ? LANES : 1;
+      for (int64_t b = 0; b < p.tiling.batch; ++b)
+        for (int v = 0; v < VECS; ++v)
+          read(out + c * pitch + b * LINE + v * LANES * 4, pitch, c0 + c, width, (t.batch + b) * BLOCK + v * LANES);
+      c += width;
+    }
+  }
+
+  void unpack(const char* acc, int64_t c0, int64_t n, const PhasePlan& p, TileAt t, Epilogue e) const {
+    const int64_t pitch = p.tile_bytes();
+    for (int64_t c = 0; c < n;) {
+      const int64_t width = c + LANES <= n ? LANES : 1;
+      for (int64_t b = 0; b < p.tiling.batch; ++b)
+        for (int v = 0; v < VECS; ++v)
+          write(acc + c * pitch + b * LINE + v * LANES * 4, pitch, c0 + c, width,
+                (t.batch + b) * BLOCK + v * LANES, e);
+      c += width;
+    }
+  }
+
+  const char* tile_in_place(int64_t, const PhasePlan&, TileAt, int64_t*, int64_t*) const { return nullptr; }
+
+ private:
+  // `width` features from `feature` on (LANES of them, or 1) of LANES images, to one native vector per feature.
+  void read(char* to, int64_t pitch, int64_t feature, int64_t width, int64_t image) const {
+    const int64_t n = std::clamp<int64_t>(images - image, 0, LANES);
+    const T* from = data + image * features + feature;
+    if (width == 1) {
+      vf v{};
+      for (int64_t i = 0; i < n; ++i) v[i] = to_float(from[i * features]);
+      store(to, v);
+      return;
+    }
+    vf r[LANES];
+    for (int i = 0; i < LANES; ++i) r[i] = i < n ? load_as_float(from + i * features) : vf{};
+    transpose(r);
+    for (int i = 0; i < LANES; ++i) store(to + i * pitch, r[i]);
+  }
+
+  void write(const char* from, int64_t pitch, int64_t feature, int64_t width, int64_t image, Epilogue e) const {
+    const int64_t n = std::clamp<int64_t>(images - image, 0, LANES);
+    T* to = data + image * features + feature;
+    if (width == 1) {
+      vf v = load(from) + splat(e.bias ? e.bias[feature] : 0.0f);
+      if (e.relu) v = relu(v);
+      for (int64_t i = 0; i < n; ++i) to[i * features] = from_float<T>(v[i]);
+      return;
+    }
+    vf r[LANES];
+    for (int i = 0; i < LANES; ++i) r[i] = load(from + i * pitch);
+    transpose(r);
+    const vf bias = e.bias ? load(e.bias + feature) : vf{};
+    for (int i = 0; i < n; ++i) {
+      vf v = r[i] + bias;
+      if (e.relu) v = relu(v);
+      store_from_float(to + i * features, v);
+    }
+  }
+};
+
+}  // namespace sfx

@@ -1,0 +1,143 @@
+#include "lists.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace sfx {
+namespace {
+
+// Calls visit(entry, output, input, tap) for every entry, with channels numbered over all groups.
+template <class Visit>
+void each_entry(const Pattern& p, bool transposed, Visit visit) {
+  const int64_t taps = p.shape.taps();
+  const int64_t per_group = p.shape.in / p.shape.groups, outs = p.shape.out / p.shape.groups;
+  std::vector<uint32_t> channel_of(p.row_size()), tap_of(p.row_size());
+  for (int64_t c = 0; c < p.row_size(); ++c) {
+    channel_of[c] = uint32_t(c / taps);
+    tap_of[c] = uint32_t(c % taps);
+  }
+  for (int64_t o = 0; o < p.shape.out; ++o) {
+    const uint32_t base = uint32_t(o / outs * per_group);
+    for (uint32_t e = p.row[o]; e < p.row[o + 1]; ++e) {
+      const uint32_t i = base + channel_of[p.column[e]];
+      if (transposed)
+        visit(e, i, uint32_t(o), tap_of[p.column[e]]);
+      else
+        visit(e, uint32_t(o), i, tap_of[p.column[e]]);
+    }
+  }
+}
+
+}  // namespace
+
+Pattern make_pattern(const ConvShape& shape, const uint8_t* mask) {
+  Pattern p;
+  p.shape = shape;
+  const int64_t size = p.row_size();
+  if (size * shape.out > int64_t(UINT32_MAX)) throw std::length_error("weight has more than 2^32 elements");
+  p.row.resize(shape.out + 1);
+  for (int64_t o = 0; o < shape.out; ++o) {
+    const uint8_t* m = mask + o * size;
+    int64_t c = 0;
+    for (; c + 8 <= size; c += 8) {
+      uint64_t word;
+      std::memcpy(&word, m + c, 8);
+      if (!word) continue;
+      for (int64_t k = c; k < c + 8; ++k)
+        if (m[k]) p.column.push_back(uint32_t(k));
+    }
+    for (; c < size; ++c)
+      if (m[c]) p.column.push_back(uint32_t(c));
+    p.row[o + 1] = uint32_t(p.column.size());
+  }
+  return p;
+}
+
+std::vector<uint32_t> live_inputs(const Pattern& pattern, bool transposed, const std::vector<int64_t>& tap_offset,
+                                  int64_t* entries) {
+  const int64_t inputs = transposed ? pattern.shape.out : pattern.shape.in;
+  std::vector<uint8_t> seen(inputs, 0);
+  int64_t n = 0;
+  each_entry(pattern, transposed, [&](uint32_t, uint32_t, uint32_t in, uint32_t tap) {
+    if (tap_offset[tap] < 0) return;
+    seen[in] = 1;
+    ++n;
+  });
+  std::vector<uint32_t> live;
+  for (int64_t c = 0; c < inputs; ++c)
+    if (seen[c]) live.push_back(uint32_t(c));
+  if (entries) *entries = n;
+  return live;
+}
+
+Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int64_t>& tap_offset, int64_t channel_bytes,
+                 int64_t chunk, int64_t block) {
+  Lists l;
+  int64_t entries = 0;
+  l.outputs = transposed ? pattern.shape.in : pattern.shape.out;
+  l.live = live_inputs(pattern, transposed, tap_offset, &entries);
+  const int64_t live = int64_t(l.live.size());
+  l.block = std::max<int64_t>(1, std::min(block, l.outputs));
+  l.blocks = (l.outputs + l.block - 1) / l.block;
+  l.chunk = std::max<int64_t>(1, std::min(chunk, live));
+  l.chunks = std::max<int64_t>(1, (live + l.chunk - 1) / l.chunk);
+
+  std::vector<uint32_t> chunk_of(transposed ? pattern.shape.out : pattern.shape.in), place(chunk_of.size());
+  for (int64_t k = 0; k < live; ++k) {
+    chunk_of[l.live[k]] = uint32_t(k / l.chunk);
+    place[l.live[k]] = uint32_t(k % l.chunk * channel_bytes);
+  }
+  std::vector<uint32_t> next(l.outputs * l.chunks, 0);  // counts, then where each (output, chunk) run continues
+  each_entry(pattern, transposed, [&](uint32_t, uint32_t out, uint32_t in, uint32_t tap) {
+    if (tap_offset[tap] >= 0) ++next[int64_t(out) * l.chunks + chunk_of[in]];
+  });
+
+  l.cells.resize(l.blocks * l.chunks + 1);
+  l.empty_start.push_back(0);
+  std::vector<uint8_t> met(l.block);
+  std::vector<uint32_t> order;
+  uint32_t entry = 0;
+  for (int64_t b = 0; b < l.blocks; ++b) {
+    const int64_t o0 = b * l.block, width = std::min(l.block, l.outputs - o0);
+    std::fill(met.begin(), met.end(), 0);
+    for (int64_t c = 0; c < l.chunks; ++c) {
+      const auto count = [&](uint32_t q) -> uint32_t& { return next[(o0 + q) * l.chunks + c]; };
+      order.clear();
+      for (uint32_t q = 0; q < width; ++q)
+        if (count(q)) order.push_back(q);
+      std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t z) {
+        return met[a] != met[z] ? met[a] < met[z] : count(a) > count(z);
+      });
+      Cell& cell = l.cells[b * l.chunks + c];
+      cell.entry = entry;
+      cell.first_record = uint32_t(l.records.size());
+      cell.more_record = cell.first_record;
+      for (uint32_t q : order) {
+        const uint32_t n = count(q);
+        l.records.push_back({q, n});
+        if (!met[q]) ++cell.more_record;
+        count(q) = entry;
+        entry += n;
+      }
+      for (uint32_t q : order) met[q] = 1;
+      cell.end_record = uint32_t(l.records.size());
+    }
+    for (uint32_t q = 0; q < width; ++q)
+      if (!met[q]) l.empty.push_back(q);
+    l.empty_start.push_back(uint32_t(l.empty.size()));
+  }
+  l.cells.back() = {uint32_t(l.records.size()), uint32_t(l.records.size()), uint32_t(l.records.size()), entry};
+
+  l.offset.resize(entries);
+  l.source.resize(entries);
+  each_entry(pattern, transposed, [&](uint32_t e, uint32_t out, uint32_t in, uint32_t tap) {
+    if (tap_offset[tap] < 0) return;
+    const uint32_t at = next[int64_t(out) * l.chunks + chunk_of[in]]++;
+    l.offset[at] = place[in] + uint32_t(tap_offset[tap]);
+    l.source[at] = e;
+  });
+  return l;
+}
+
+}  // namespace sfx

@@ -1,0 +1,138 @@
+// BatchNorm, an optional residual and an optional ReLU on blocked activations, a channel at a time, so that every pass
+// after the first reads from L2. Statistics are two-pass, with partial sums in double.
+#include <algorithm>
+#include <cmath>
+
+#include "abi.h"
+#include "io.h"
+#include "runtime.h"
+
+namespace sfx {
+namespace {
+
+constexpr int64_t FLUSH = 128;  // lines summed in fp32 before they join the double
+
+struct Channel {  // one channel of [blocks, channels, pixels, 16]
+  int64_t images, channels, pixels, index;
+  int64_t blocks() const { return (images + BLOCK - 1) / BLOCK; }
+  int64_t at(int64_t block) const { return (block * channels + index) * pixels * BLOCK; }
+  double count() const { return double(images) * double(pixels); }
+};
+
+// Calls visit(offset, v, sums) for every native vector (v-th of its line) and returns the sums over existing lanes.
+template <int N, class Visit>
+void reduce(const Channel& c, double (&total)[N], Visit visit) {
+  std::fill(total, total + N, 0.0);
+  const LaneMask tail(c.images % BLOCK ? c.images % BLOCK : BLOCK), all(BLOCK);
+  for (int64_t b = 0; b < c.blocks(); ++b) {
+    const LaneMask& mask = b + 1 == c.blocks() ? tail : all;
+    for (int64_t p0 = 0; p0 < c.pixels; p0 += FLUSH) {
+      vf sums[N][VECS] = {};
+      const int64_t end = std::min(c.pixels, p0 + FLUSH), base = c.at(b);
+      for (int64_t p = p0; p < end; ++p)
+        for (int v = 0; v < VECS; ++v) {
+          vf term[N];
+          visit(base + p * BLOCK + v * LANES, term);
+          for (int n = 0; n < N; ++n) sums[n][v] += term[n];
+        }
+      for (int n = 0; n < N; ++n)
+        for (int v = 0; v < VECS; ++v) {
+          const vf kept = mask.apply(sums[n][v], v);
+          for (int i = 0; i < LANES; ++i) total[n] += kept[i];
+        }
+    }
+  }
+}
+
+template <class Visit>
+void each(const Channel& c, Visit visit) {
+  const LaneMask tail(c.images % BLOCK ? c.images % BLOCK : BLOCK), all(BLOCK);
+  for (int64_t b = 0; b < c.blocks(); ++b) {
+    const LaneMask& mask = b + 1 == c.blocks() ? tail : all;
+    for (int64_t p = 0; p < c.pixels; ++p)
+      for (int v = 0; v < VECS; ++v) visit(c.at(b) + p * BLOCK + v * LANES, mask, v);
+  }
+}
+
+struct Affine {
+  vf mean, scale, shift;
+  Affine(float m, float rstd, float weight, float bias)
+      : mean(splat(m)), scale(splat(rstd * weight)), shift(splat(bias)) {}
+  SFX_INLINE vf operator()(vf x) const { return (x - mean) * scale + shift; }
+};
+
+template <class T>
+void forward(const SfxNorm& a, Channel c) {
+  const T* x = static_cast<const T*>(a.x);
+  const T* residual = static_cast<const T*>(a.residual);
+  T* y = static_cast<T*>(a.y);
+  if (a.training) {
+    double sum[1], squares[1];
+    reduce(c, sum, [&](int64_t k, vf* t) { t[0] = load_as_float(x + k); });
+    const double mean = sum[0] / c.count();
+    const vf center = splat(float(mean));
+    reduce(c, squares, [&](int64_t k, vf* t) {
+      const vf d = load_as_float(x + k) - center;
+      t[0] = d * d;
+    });
+    const double off = mean - double(float(mean));
+    const double var = std::max(0.0, squares[0] / c.count() - off * off);
+    a.mean[c.index] = float(mean);
+    a.var[c.index] = float(var);
+    a.rstd[c.index] = float(1.0 / std::sqrt(var + a.eps));
+  }
+  const Affine affine(a.mean[c.index], a.rstd[c.index], a.weight ? a.weight[c.index] : 1.0f,
+                      a.bias ? a.bias[c.index] : 0.0f);
+  each(c, [&](int64_t k, const LaneMask& mask, int v) {
+    vf value = affine(load_as_float(x + k));
+    if (residual) value += load_as_float(residual + k);
+    if (a.relu) value = relu(value);
+    store_from_float(y + k, mask.apply(value, v));
+  });
+}
+
+template <class T>
+void backward(const SfxNorm& a, Channel c) {
+  const T* x = static_cast<const T*>(a.x);
+  const T* y = static_cast<const T*>(a.y);
+  const T* g = static_cast<const T*>(a.grad);
+  T* dx = static_cast<T*>(a.dx);
+  T* dr = static_cast<T*>(a.dresidual);
+  const float weight = a.weight ? a.weight[c.index] : 1.0f;
+  const Affine affine(a.mean[c.index], a.rstd[c.index], weight, a.bias ? a.bias[c.index] : 0.0f);
+  const auto passed = [&](int64_t k) {  // the gradient behind the ReLU
+    const vf value = load_as_float(g + k);
+    if (!a.relu) return value;
+    const vf out = y ? load_as_float(y + k) : affine(load_as_float(x + k));
+    return out <= 0.0f ? vf{} : value;
+  };
+  double sums[2];
+  reduce(c, sums, [&](int64_t k, vf* t) {
+    t[0] = passed(k);
+    t[1] = t[0] * (load_as_float(x + k) - affine.mean);
+  });
+  const double rstd = a.rstd[c.index];
+  a.dbias[c.index] = float(sums[0]);
+  a.dweight[c.index] = float(sums[1] * rstd);
+  const vf scale = splat(float(rstd * weight));
+  const vf offset = splat(a.training ? float(sums[0] / c.count()) : 0.0f);
+  const vf slope = splat(a.training ? float(sums[1] * rstd * rstd / c.count()) : 0.0f);
+  each(c, [&](int64_t k, const LaneMask& mask, int v) {
+    const vf through = passed(k);
+    if (dr) store_from_float(dr + k, mask.apply(through, v));
+    const vf value = scale * (through - offset - (load_as_float(x + k) - affine.mean) * slope);
+    store_from_float(dx + k, mask.apply(value, v));
+  });
+}
+
+}  // namespace
+}  // namespace sfx
+
+extern "C" void sfx_norm(int direction, int dtype, const SfxNorm* a, int64_t images, int64_t channels, int64_t pixels,
+                         int threads) {
+  using namespace sfx;
+  const auto run = direction ? (dtype ? backward<bf16> : backward<float>) : (dtype ? forward<bf16> : forward<float>);
+  const int n = team(threads);
+#pragma omp parallel for num_threads(n) if (n > 1) schedule(dynamic, 1)
+  for (int64_t c = 0; c < channels; ++c) run(*a, {images, channels, pixels, c});
+}

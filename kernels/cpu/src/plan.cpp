@@ -1,0 +1,219 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <stdexcept>
+
+namespace sfx {
+namespace {
+
+constexpr int64_t L1_BUDGET = 26 << 10, L2_BUDGET = 448 << 10, ACC_BUDGET = 320 << 10;
+constexpr size_t KEPT_PASSES = 12;
+
+struct Sizes {  // what the cost of a tiling depends on
+  PassKind kind;
+  int64_t live, outputs, entries, blocks;
+  int threads;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Packed positions of an axis by the number of outputs that a strip has.
+class Pitches {
+ public:
+  Pitches(const AxisMap& axis, int64_t kernel) : axis_(axis), kernel_(kernel) {}
+  int64_t operator()(int64_t outputs) {
+    if (int64_t(known_.size()) <= outputs) known_.resize(outputs + 1, -1);
+    if (known_[outputs] < 0) known_[outputs] = std::max<int64_t>(1, pack_axis(axis_, kernel_, outputs).pitch);
+    return known_[outputs];
+  }
+  int64_t count() const { return axis_.count; }
+
+ private:
+  const AxisMap& axis_;
+  int64_t kernel_;
+  std::vector<int64_t> known_;
+};
+
+// Cycles for one line to be loaded from where a working set of this many bytes lives.
+double load_cycles(double bytes) { return bytes <= L1_BUDGET ? 0.5 : bytes <= L2_BUDGET ? 1.35 : 5.0; }
+
+// Cycles of a tiling, from the lines it moves. The constants are measured on AVX-512 and only rank candidates.
+double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
+  const double vectors = double(t.rows * t.cols * t.batch * VECS);
+  const double tile_bytes = double(y(t.rows) * x(t.cols) * t.batch * LINE);
+  const double strip_lines = double(y(t.rows * t.strip_rows) * x(t.cols * t.strip_cols) * t.batch);
+  const double chunks = double(ceil_div(s.live, t.chunk)), blocks = double(ceil_div(s.outputs, t.block));
+  const double per_cell = double(s.entries) / (chunks * s.outputs);
+  const double records = chunks * s.outputs * (1 - std::exp(-per_cell));
+  const double acc = load_cycles(double(t.block) * vectors * LANES * 4 + 64.0 * 1024);
+  double tile = double(s.entries) * (load_cycles(t.chunk * tile_bytes) * vectors + (s.kind == WGRAD ? 4 : 1.5));
+  tile += records * (14 + vectors * (s.kind == WGRAD ? 1.0 : 1.6) * acc);
+  if (s.kind != WGRAD) tile += double(s.outputs) * vectors * (1 + acc);
+  const double strips = double(ceil_div(y.count(), t.rows * t.strip_rows) *
+                               ceil_div(x.count(), t.cols * t.strip_cols) * ceil_div(s.blocks, t.batch));
+  const double tiles = double(ceil_div(y.count(), t.rows) * ceil_div(x.count(), t.cols) * ceil_div(s.blocks, t.batch));
+  const double packing = strips * blocks * double(s.live) * strip_lines * VECS * 4;
+  double parallel = 1;
+  if (s.kind != WGRAD) {
+    const double items = strips * blocks;
+    parallel = std::ceil(items / s.threads) * s.threads / items;
+  }
+  return (tiles * tile + packing) * parallel;
+}
+
+Tiling choose(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, const int64_t* kernel) {
+  Pitches y(axis_y, kernel[0]), x(axis_x, kernel[1]);
+  int count = 0;
+  const Microkernel* table = microkernels(&count);
+  Tiling best{};
+  double best_cost = INFINITY;
+  const auto consider = [&](const Tiling& t) {
+    const double c = cost(s, y, x, t);
+    if (c >= best_cost) return;
+    best_cost = c;
+    best = t;
+  };
+  for (int k = 0; k < count; ++k) {
+    const Microkernel& m = table[k];
+    if (!m.fma || m.vectors % VECS || m.rows > y.count()) continue;
+    const int64_t lines = m.vectors / VECS;
+    for (int64_t batch = 1; batch <= lines && batch <= s.blocks; ++batch) {
+      if (lines % batch || lines / batch > x.count()) continue;
+      Tiling t{m.rows, lines / batch, batch, 1, 1, 1, 1};
+      const int64_t tile_bytes = y(t.rows) * x(t.cols) * batch * LINE, acc = t.rows * lines * LINE;
+      const int64_t whole_y = ceil_div(y.count(), t.rows), whole_x = ceil_div(x.count(), t.cols);
+      for (int64_t budget : {L1_BUDGET, 3 * L1_BUDGET, L2_BUDGET, INT64_MAX / 2})
+        for (int64_t parts : {1, 2, 4, 8}) {
+          t.chunk = ceil_div(s.live, ceil_div(s.live, std::clamp<int64_t>(budget / tile_bytes, 1, s.live)));
+          t.block = ceil_div(s.outputs, parts);
+          if (parts > 1 && (t.block < 16 || t.block * acc < ACC_BUDGET / 4)) continue;
+          for (int64_t sy : {int64_t(1), int64_t(2), int64_t(4), whole_y})
+            for (int64_t sx : {int64_t(1), whole_x}) {
+              t.strip_rows = std::min(sy, whole_y);
+              t.strip_cols = sx;
+              const int64_t strip = y(t.rows * t.strip_rows) * x(t.cols * sx) * batch * LINE;
+              if (t.strip_rows * sx == 1 || s.live * strip <= L2_BUDGET) consider(t);
+            }
+        }
+    }
+  }
+  return best;
+}
+
+// With lanes over pixels a tile is rows x cols outputs, flattened over the packed rows and cut into native vectors.
+const Microkernel* pixel_microkernel(int64_t rows, int64_t cols, int64_t pitch) {
+  const int64_t vectors = ceil_div((rows - 1) * pitch + cols, LANES);
+  int count = 0;
+  const Microkernel *table = microkernels(&count), *best = nullptr;
+  for (int k = 0; k < count; ++k)
+    if (table[k].fma && table[k].rows == 1 && table[k].vectors >= vectors && (!best || table[k].vectors < best->vectors))
+      best = table + k;
+  return best;
+}
+
+Tiling choose_pixels(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, const int64_t* kernel) {
+  Pitches y(axis_y, kernel[0]), x(axis_x, kernel[1]);
+  Tiling best{};
+  double best_cost = INFINITY;
+  for (int64_t cols = x.count(); best_cost == INFINITY; cols = ceil_div(cols, 2))
+    for (int64_t rows = 1; rows <= y.count(); ++rows) {
+      const Microkernel* m = pixel_microkernel(rows, cols, x(cols));
+      if (!m) break;
+      const int64_t channel = y(rows) * x(cols) * 4;
+      const int64_t strips = ceil_div(y.count(), rows) * ceil_div(x.count(), cols);
+      for (int64_t budget : {L1_BUDGET, L2_BUDGET, INT64_MAX / 2}) {
+        Tiling t{rows, cols, 1, 1, 1, 1, 1};
+        t.chunk = ceil_div(s.live, ceil_div(s.live, std::clamp<int64_t>(budget / channel, 1, s.live)));
+        t.block = ceil_div(s.outputs, std::max<int64_t>(1, ceil_div(s.threads * 2, strips * s.blocks)));
+        const double chunks = double(ceil_div(s.live, t.chunk));
+        const double records = chunks * s.outputs * (1 - std::exp(-double(s.entries) / (chunks * s.outputs)));
+        double c = double(s.entries) * (1.6 * load_cycles(double(t.chunk * channel)) * m->vectors + 1.5);
+        c += records * (14 + m->vectors * 1.6) + double(s.outputs) * m->vectors * 2;
+        c += double(ceil_div(s.outputs, t.block) * s.live) * double(y(rows)) * (x(cols) / double(LANES) + 4);
+        if (c * strips >= best_cost) continue;
+        best_cost = c * strips;
+        best = t;
+      }
+    }
+  return best;
+}
+
+void finish(PhasePlan& p, const Pattern& pattern, const PassPlan& pass) {
+  const Tiling& t = p.tiling;
+  const int64_t* kernel = pattern.shape.kernel;
+  const bool pixels = pass.kind == PIXELS;
+  p.kernel = pixels ? pixel_microkernel(t.rows, t.cols, pack_axis(p.x, kernel[1], t.cols).pitch)
+                    : find_microkernel(int(t.rows), int(t.cols * t.batch * VECS));
+  if (!p.kernel || t.chunk < 1 || t.block < 1 || t.strip_rows < 1 || t.strip_cols < 1)
+    throw std::invalid_argument("no microkernel for this tiling");
+  p.pack_y = pack_axis(p.y, kernel[0], t.rows * t.strip_rows);
+  p.pack_x = pack_axis(p.x, kernel[1], t.cols * t.strip_cols);
+  p.cell_bytes = pixels ? 4 : t.batch * LINE;
+  p.row_bytes = p.pack_x.pitch * p.cell_bytes;
+  p.channel_bytes = p.pack_y.pitch * p.row_bytes;
+  p.tail_bytes = (int64_t(p.pack_y.source.size()) - p.pack_y.pitch) * p.row_bytes +
+                 (int64_t(p.pack_x.source.size()) - p.pack_x.pitch) * p.cell_bytes;
+  if (pixels) p.tail_bytes += p.tile_bytes();  // the last vectors read past the last row
+  p.strips_y = ceil_div(p.y.count, t.rows * t.strip_rows);
+  p.strips_x = ceil_div(p.x.count, t.cols * t.strip_cols);
+  p.batches = ceil_div(pass.blocks, t.batch);
+  std::vector<int64_t> tap(pattern.shape.taps(), -1);
+  for (int64_t r = 0; r < kernel[0]; ++r)
+    for (int64_t s = 0; s < kernel[1]; ++s)
+      if (p.pack_y.tap_start[r] >= 0 && p.pack_x.tap_start[s] >= 0)
+        tap[r * kernel[1] + s] = p.pack_y.tap_start[r] * p.row_bytes + p.pack_x.tap_start[s] * p.cell_bytes;
+  if (p.packed_bytes(t.chunk) > int64_t(UINT32_MAX)) throw std::length_error("a packed chunk exceeds 4 GiB");
+  p.lists = make_lists(pattern, pass.kind == DGRAD, tap, p.channel_bytes, t.chunk, t.block);
+}
+
+}  // namespace
+
+int64_t out_size(const ConvShape& s, int a, int64_t size) {
+  return (size + 2 * s.pad[a] - s.dilation[a] * (s.kernel[a] - 1) - 1) / s.stride[a] + 1;
+}
+
+std::shared_ptr<const PassPlan> make_pass(const Pattern& pattern, PassKind kind, int64_t h, int64_t w, int64_t blocks,
+                                          int threads, const Tiling* wanted) {
+  const auto start = std::chrono::steady_clock::now();
+  const ConvShape& s = pattern.shape;
+  const int64_t oh = out_size(s, 0, h), ow = out_size(s, 1, w);
+  auto pass = std::make_shared<PassPlan>();
+  *pass = {kind, s.in, s.out, h, w, oh, ow, blocks, threads, 0, {}};
+  if (kind == DGRAD) *pass = {kind, s.out, s.in, oh, ow, h, w, blocks, threads, 0, {}};
+  const auto axis = kind == DGRAD ? dgrad_axis : fprop_axis;
+  for (const AxisMap& y : axis(s.kernel[0], s.stride[0], s.pad[0], s.dilation[0], h, oh))
+    for (const AxisMap& x : axis(s.kernel[1], s.stride[1], s.pad[1], s.dilation[1], w, ow)) {
+      PhasePlan p{};
+      p.y = y;
+      p.x = x;
+      std::vector<int64_t> allowed(s.taps(), -1);
+      for (int64_t r : y.tap)
+        for (int64_t c : x.tap) allowed[r * s.kernel[1] + c] = 0;
+      int64_t entries = 0;
+      const int64_t live = int64_t(live_inputs(pattern, kind == DGRAD, allowed, &entries).size());
+      const Sizes sizes{kind, std::max<int64_t>(1, live), pass->out_channels, entries, blocks, threads};
+      p.tiling = wanted ? *wanted : kind == PIXELS ? choose_pixels(sizes, y, x, s.kernel) : choose(sizes, y, x, s.kernel);
+      finish(p, pattern, *pass);
+      pass->phases.push_back(std::move(p));
+    }
+  pass->build_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  return pass;
+}
+
+std::shared_ptr<const PassPlan> Layer::pass(PassKind kind, int64_t h, int64_t w, int64_t blocks, int threads) {
+  std::lock_guard<std::mutex> lock(mutex);
+  for (size_t i = 0; i < passes.size(); ++i) {
+    const PassPlan& p = *passes[i];
+    const int64_t ph = kind == DGRAD ? p.out_h : p.in_h, pw = kind == DGRAD ? p.out_w : p.in_w;
+    if (p.kind != kind || ph != h || pw != w || p.blocks != blocks || p.threads != threads) continue;
+    std::rotate(passes.begin() + i, passes.begin() + i + 1, passes.end());
+    return passes.back();
+  }
+  if (passes.size() >= KEPT_PASSES) passes.erase(passes.begin());
+  passes.push_back(make_pass(pattern, kind, h, w, blocks, threads, wanted[kind].get()));
+  return passes.back();
+}
+
+}  // namespace sfx

@@ -1,0 +1,185 @@
+"""The `torch.library` operators, opaque to torch.compile, and the eager path beside them.
+
+`sparsefx::conv` and `sparsefx::linear` and their backward operators are what a compiled graph holds; eager calls run
+the same `Runtime` through an autograd function, which costs less per call.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsefx.kernels.runtime import Runtime
+from sparsefx.kernels.spec import ConvSpec, is_channels_last
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int, spec: ConvSpec) -> Tensor:
+    """Convolution with a masked weight.
+
+    Args:
+        x: `[N, I, *space]`.
+        weight: `[O, I / groups, *taps]`, zero where `mask` is False; `[I, O / groups, *taps]` where transposed.
+        bias: `[O]` or None.
+        mask: Bool, of the weight's shape.
+        handle: Of the layer's `Runtime`.
+        spec: Geometry.
+    Returns:
+        `[N, O, *space]`. The weight's gradient is zero where the mask is False.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.sparsefx.conv(x, weight, bias, mask, handle, *spec)
+    return _Eager.apply(x, weight, bias, mask, handle, spec)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int) -> Tensor:
+    """Linear layer with a masked weight `[O, I]`: `[..., I]` to `[..., O]`."""
+    if torch.compiler.is_compiling():
+        return torch.ops.sparsefx.linear(x, weight, bias, mask, handle)
+    return _Eager.apply(x, weight, bias, mask, handle, None)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int, spec: ConvSpec | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mask)
+        ctx.runtime, ctx.spec = Runtime.of(handle), spec
+        return ctx.runtime.fprop(spec, x, weight, bias, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, mask = ctx.saved_tensors
+        grads = ctx.runtime.backward(ctx.spec, grad, x, weight, mask, list(ctx.needs_input_grad[:3]))
+        return (*grads, None, None, None)
+
+
+def _strided(out: Tensor, like: Tensor) -> Tensor:
+    """`out` laid out as the fake implementation promises: like `like` in memory format."""
+    return out.contiguous(memory_format=torch.channels_last if is_channels_last(like) else torch.contiguous_format)
+
+
+def _empty_unless(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+@torch.library.custom_op("sparsefx::conv", mutates_args=())
+def _conv_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    handle: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    spec = ConvSpec(stride, padding, dilation, transposed, output_padding, groups)
+    return _strided(Runtime.of(handle).fprop(spec, x, weight, bias, mask), x)
+
+
+@_conv_op.register_fake
+def _(x, weight, bias, mask, handle, *spec):
+    out = torch.ops.aten.convolution(x, weight, bias, *spec)
+    return _strided(torch.empty_like(out, memory_format=torch.contiguous_format), x)
+
+
+@torch.library.custom_op("sparsefx::conv_backward", mutates_args=())
+def _conv_backward_op(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    handle: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = ConvSpec(stride, padding, dilation, transposed, output_padding, groups)
+    for_input, for_weight, for_bias = Runtime.of(handle).backward(spec, grad, x, weight, mask, wanted)
+    return (
+        _empty_unless(for_input if for_input is None else _strided(for_input, x), x),
+        _empty_unless(for_weight if for_weight is None else _strided(for_weight, weight), weight),
+        _empty_unless(for_bias, grad),
+    )
+
+
+@_conv_backward_op.register_fake
+def _(grad, x, weight, mask, handle, stride, padding, dilation, transposed, output_padding, groups, wanted):
+    return (
+        _strided(torch.empty_like(x, memory_format=torch.contiguous_format), x) if wanted[0] else x.new_empty(0),
+        _strided(torch.empty_like(weight, memory_format=torch.contiguous_format), weight)
+        if wanted[1]
+        else weight.new_empty(0),
+        grad.new_empty(grad.shape[1]) if wanted[2] else grad.new_empty(0),
+    )
+
+
+@torch.library.custom_op("sparsefx::linear", mutates_args=())
+def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int) -> Tensor:
+    return Runtime.of(handle).fprop(None, x, weight, bias, mask).contiguous()
+
+
+@_linear_op.register_fake
+def _(x, weight, bias, mask, handle):
+    return torch.empty_like(F.linear(x, weight, bias), memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("sparsefx::linear_backward", mutates_args=())
+def _linear_backward_op(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, handle: int, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    for_input, for_weight, for_bias = Runtime.of(handle).backward(None, grad, x, weight, mask, wanted)
+    return (
+        _empty_unless(for_input if for_input is None else for_input.contiguous(), x),
+        _empty_unless(for_weight if for_weight is None else for_weight.contiguous(), weight),
+        _empty_unless(for_bias, grad),
+    )
+
+
+@_linear_backward_op.register_fake
+def _(grad, x, weight, mask, handle, wanted):
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else x.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else weight.new_empty(0),
+        grad.new_empty(grad.shape[-1]) if wanted[2] else grad.new_empty(0),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, _, mask, ctx.handle, *ctx.spec = inputs
+    ctx.save_for_backward(x, weight, mask)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    x, weight, mask = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    operator = torch.ops.sparsefx.conv_backward if ctx.spec else torch.ops.sparsefx.linear_backward
+    grads = operator(grad, x, weight, mask, ctx.handle, *ctx.spec, wanted)
+    kept = [g if want else None for g, want in zip(grads, wanted, strict=True)]
+    return (*kept, None, None, *[None] * len(ctx.spec))
+
+
+def _no_double_backward(ctx: Any, *_: Tensor) -> tuple:
+    raise RuntimeError(
+        f"{Runtime.of(ctx.handle).name}: expected one backward, got a double backward through a compiled sparse layer; "
+        "run the model eagerly for that"
+    )
+
+
+def _keep_handle(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.handle = inputs[4]
+
+
+_conv_op.register_autograd(_backward, setup_context=_keep)
+_linear_op.register_autograd(_backward, setup_context=_keep)
+_conv_backward_op.register_autograd(_no_double_backward, setup_context=_keep_handle)
+_linear_backward_op.register_autograd(_no_double_backward, setup_context=_keep_handle)

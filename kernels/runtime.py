@@ -1,0 +1,152 @@
+"""What the opaque operators know of a layer, looked up by a constant handle.
+
+A compiled graph holds only the handle, so that masks, plans and the gradient window change without a recompilation.
+"""
+
+import itertools
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from sparsefx.kernels.reference import DENSE
+from sparsefx.kernels.spec import ConvSpec, bias_grad
+
+
+class Backend(Protocol):
+    """How a layer computes its three passes; the shapes are those of `Dense`."""
+
+    name: str
+
+    def fprop(self, spec: ConvSpec | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def dgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
+
+    def wgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor: ...
+
+
+class Runtime:
+    """The state behind one sparse weight's operator calls.
+
+    Attributes:
+        name: Name of the layer, for errors.
+        choose: `(pass, spec, x, grad, weight, mask) -> Backend`; None runs masked dense.
+        collecting: Whether the gradient of missing weights is collected (the window). Changed only between steps.
+        collected: Sum of the dense weight gradients that went into the present `.grad`, or None.
+        current_grad: Returns the weight's `.grad`, to see whether a new accumulation begins.
+    """
+
+    _by_handle: "ClassVar[weakref.WeakValueDictionary[int, Runtime]]" = weakref.WeakValueDictionary()
+    _handles = itertools.count(1)
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        self.choose: Callable[..., Backend] | None = None
+        self.collecting = False
+        self.collected: Tensor | None = None
+        self.current_grad: Callable[[], Tensor | None] = lambda: None
+        self._accumulated: tuple[int, int] | None = None
+        self._staged: dict[int, Tensor] = {}
+        self._total: Tensor | None = None
+        self._masked = 0
+        self.handle = next(Runtime._handles)
+        Runtime._by_handle[self.handle] = self
+
+    @classmethod
+    def of(cls, handle: int) -> "Runtime":
+        """The runtime of a handle that an operator was called with."""
+        try:
+            return cls._by_handle[handle]
+        except KeyError:
+            raise RuntimeError(
+                f"sparse layer with handle {handle}: expected a live layer, got one that was freed or made in another "
+                "process; call the model instead of a saved graph of it"
+            ) from None
+
+    def __deepcopy__(self, memo: dict) -> "Runtime":
+        copy = Runtime(self.name)
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce__(self) -> tuple:
+        return Runtime, (self.name,)
+
+    def fprop(self, spec: ConvSpec | None, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+        """Output of the layer."""
+        backend = self.choose("fprop", spec, x, None, weight, mask) if self.choose else DENSE
+        return backend.fprop(spec, x, weight, bias)
+
+    def backward(
+        self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, wanted: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, weight and bias, each where `wanted`; the weight's is zero where the mask is False."""
+        for_bias = bias_grad(grad, spec) if wanted[2] else None
+        if torch.is_grad_enabled():  # for a double backward: differentiable, and masked when it reaches the weight
+            for_input = DENSE.dgrad(spec, grad, x, weight) if wanted[0] else None
+            for_weight = DENSE.dense_wgrad(spec, grad, x, weight) if wanted[1] else None
+            return for_input, for_weight, for_bias
+        choose = self.choose or (lambda *_: DENSE)
+        dgrad = choose("dgrad", spec, x, grad, weight, mask) if wanted[0] else None
+        wgrad = (DENSE if self.collecting else choose("wgrad", spec, x, grad, weight, mask)) if wanted[1] else None
+        if wgrad is DENSE:
+            if dgrad is DENSE and spec is not None:
+                for_input, dense = DENSE.both(spec, grad, x, weight)
+            else:
+                for_input = dgrad.dgrad(spec, grad, x, weight) if dgrad else None
+                dense = DENSE.dense_wgrad(spec, grad, x, weight)
+            if self.collecting:
+                self._stage(dense, mask)
+            for_weight = dense.masked_fill_(~mask, 0)
+        else:
+            for_input = dgrad.dgrad(spec, grad, x, weight) if dgrad else None
+            for_weight = wgrad.wgrad(spec, grad, x, weight, mask) if wgrad else None
+        if for_weight is not None:
+            self._masked = for_weight.data_ptr()
+        return for_input, for_weight, for_bias
+
+    def _stage(self, dense: Tensor, mask: Tensor) -> None:
+        """Keep the gradient of missing weights until it is known whether this backward pass reaches `.grad`."""
+        missing = dense.to(torch.promote_types(dense.dtype, torch.float32)).masked_fill(mask, 0)
+        backward_pass = torch._C._current_graph_task_id()
+        staged = self._staged.get(backward_pass)
+        if staged is not None:
+            staged.add_(missing)
+            return
+        self._staged[backward_pass] = missing
+        if backward_pass >= 0:
+            # A pass that does not write `.grad`, as autograd.grad for other tensors, leaves nothing behind.
+            Variable._execution_engine.queue_callback(partial(self._staged.pop, backward_pass, None))
+
+    def reach(self, grad: Tensor, mask: Tensor) -> Tensor | None:
+        """Mask the sum of all gradients that reach the weight in a backward pass, as a hook of the weight.
+
+        What the operators return is masked already. Functions that read the weight without its module (attention, a
+        tied decoder), and double backward, give a dense gradient.
+
+        Returns:
+            The masked gradient, or None where `grad` is masked already.
+        """
+        present = self.current_grad()
+        continues = present is not None and (
+            (id(present), present._version) == self._accumulated or bool(present.any())
+        )
+        if not continues:
+            self.collected = None
+        masked = grad.data_ptr() == self._masked
+        self._masked = 0
+        if self.collecting:
+            wide = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
+            staged = self._staged.pop(torch._C._current_graph_task_id(), None)
+            self._total = wide.clone() if staged is None else staged.add_(wide)
+        return None if masked else grad.masked_fill(~mask, 0)
+
+    def commit(self, grad: Tensor) -> None:
+        """Collect what `reach` saw, now that it is in `.grad`: a hook after accumulation."""
+        self._accumulated = id(grad), grad._version
+        total, self._total = self._total, None
+        if total is not None:
+            self.collected = total if self.collected is None else self.collected.add_(total)

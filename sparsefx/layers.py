@@ -1,0 +1,326 @@
+"""The sparse layers: subclasses of torch's own, entered by assigning `__class__`, so that the object stays.
+
+The stored weight is exactly zero where `weight_mask` is False and is a parameter like any other. Nothing multiplies by
+the mask inside autograd: the operators return a weight gradient that is zero at missing weights.
+"""
+
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsefx.errors import CheckpointError, LayerError, MaskError
+from sparsefx.kernels import ops
+from sparsefx.kernels.runtime import Runtime
+from sparsefx.kernels.spec import ConvSpec
+
+MASK = "weight_mask"
+
+
+class SparseLayer(nn.Module):
+    """Mixin of every sparse layer.
+
+    Attributes:
+        weight_mask: Bool buffer of the weight's shape, True where a weight exists. Change it through `set_mask_`.
+        base: The torch class that the layer was and is still an instance of.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_mask: Tensor
+    base: ClassVar[type[nn.Module]]
+    transposed: bool = False
+    _runtime: Runtime
+    _full: bool
+
+    @property
+    def runtime(self) -> Runtime:
+        """What the operators know of the layer; layers that share a weight share it."""
+        return self._runtime
+
+    @property
+    def handle(self) -> int:
+        """The constant that a compiled graph holds."""
+        return self._runtime.handle
+
+    @torch.no_grad()
+    def set_mask_(self, mask: Tensor) -> None:
+        """Replace the mask in place and zero the weights that no longer exist.
+
+        Args:
+            mask: Bool, of the weight's shape.
+        Raises:
+            MaskError: for another shape or type.
+        """
+        if mask.dtype != torch.bool or mask.shape != self.weight_mask.shape:
+            raise MaskError(
+                f"{self.runtime.name}: expected a bool mask of shape {tuple(self.weight_mask.shape)}, got "
+                f"{mask.dtype} {tuple(mask.shape)}; build it with the weight's shape"
+            )
+        for layer in owners(self.runtime):
+            if layer.weight_mask is not self.weight_mask:
+                layer.weight_mask.copy_(mask)
+        self.weight_mask.copy_(mask)
+        self.zero_missing_()
+
+    @torch.no_grad()
+    def zero_missing_(self) -> None:
+        """Make the stored weight exactly zero where the mask is False."""
+        self.weight.masked_fill_(~self.weight_mask, 0)
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, weight and bias in the type that autocast asks for."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            bias = self.bias if self.bias is None else self.bias.to(dtype)
+            return x.to(dtype), self.weight.to(dtype), bias
+        return x, self.weight, self.bias
+
+    def _bind(self) -> None:
+        """Tie the layer to its runtime: again after a copy, for the weight object is another."""
+        owned = self._runtime.__dict__.setdefault("owners", [])
+        if not any(ref() is self for ref in owned):
+            owned.append(weakref.ref(self))
+        layer: weakref.ref[SparseLayer] = weakref.ref(self)
+        self._runtime.current_grad = partial(_grad_of, layer)
+        self._unhook()
+        if self.weight.requires_grad and self.weight.is_leaf and not self._full and owners(self._runtime)[0] is self:
+            self.__dict__["_hooks"] = (
+                self.weight.register_hook(partial(_reach, layer)),
+                self.weight.register_post_accumulate_grad_hook(partial(_commit, layer)),
+            )
+
+    def _unhook(self) -> None:
+        for hook in self.__dict__.pop("_hooks", ()):
+            hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_hooks", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bind()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for layer in owners(self.runtime):
+            if layer is not self and layer.weight is self.weight:
+                layer._buffers[MASK] = self._buffers[MASK]
+        self._bind()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mask = state_dict.get(prefix + MASK)
+        if mask is not None and (mask.shape != self.weight_mask.shape or mask.dtype != torch.bool):
+            raise CheckpointError(
+                f"{prefix}{MASK}: expected a bool mask of shape {tuple(self.weight_mask.shape)}, got {mask.dtype} "
+                f"{tuple(mask.shape)}; load a checkpoint of this model"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if mask is None and prefix + MASK in missing_keys:
+            missing_keys.remove(prefix + MASK)
+        self._bind()
+        self.zero_missing_()
+
+    def extra_repr(self) -> str:
+        mask = self.weight_mask
+        return f"{super().extra_repr()}, density={int(mask.sum()) / mask.numel():.4g}"
+
+
+def _grad_of(layer: "weakref.ref[SparseLayer]") -> Tensor | None:
+    found = layer()
+    return None if found is None else found.weight.grad
+
+
+def _reach(layer: "weakref.ref[SparseLayer]", grad: Tensor) -> Tensor | None:
+    found = layer()
+    if found is None or grad.shape != found.weight_mask.shape:
+        return None
+    return found.runtime.reach(grad, found.weight_mask)
+
+
+def _commit(layer: "weakref.ref[SparseLayer]", weight: Tensor) -> None:
+    found = layer()
+    if found is not None and weight.grad is not None:
+        found.runtime.commit(weight.grad)
+
+
+def owners(runtime: Runtime) -> list[SparseLayer]:
+    """The living layers that share a weight."""
+    refs = runtime.__dict__.get("owners", [])
+    return [layer for ref in refs if (layer := ref()) is not None]
+
+
+class SparseLinear(SparseLayer, nn.Linear):
+    """A linear layer with a sparse weight; `[..., in_features]` to `[..., out_features]`."""
+
+    base = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._full:
+            return F.linear(input, self.weight, self.bias)
+        x, weight, bias = self._operands(input)
+        return ops.linear(x, weight, bias, self.weight_mask, self.handle)
+
+
+class SparseAttentionProjection(SparseLinear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """The output projection of `nn.MultiheadAttention`, whose weight attention reads without calling the module."""
+
+    base = nn.modules.linear.NonDynamicallyQuantizableLinear
+
+
+class _SparseConv(SparseLayer, nn.modules.conv._ConvNd):
+    def forward(self, input: Tensor) -> Tensor:
+        if self._full:
+            return super().forward(input)
+        x, weight, bias = self._operands(input)
+        space = len(self.kernel_size)
+        batched = x.dim() == space + 2
+        if not batched:
+            x = x.unsqueeze(0)
+        x, padding = self._pad(x)
+        spec = ConvSpec(list(self.stride), padding, list(self.dilation), False, [0] * space, self.groups)
+        out = ops.conv(x, weight, bias, self.weight_mask, self.handle, spec)
+        return out if batched else out.squeeze(0)
+
+    def _pad(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """Do the padding that the operator does not: modes other than zeros, and uneven `"same"`."""
+        amounts: list[int] = self._reversed_padding_repeated_twice
+        if self.padding_mode != "zeros":
+            return F.pad(x, amounts, mode=self.padding_mode), [0] * len(self.kernel_size)
+        before, after = amounts[::-2], amounts[-2::-2]
+        if isinstance(self.padding, str) and before != after:
+            return F.pad(x, amounts), [0] * len(self.kernel_size)
+        return x, list(before) if isinstance(self.padding, str) else list(self.padding)
+
+
+class SparseConv1d(_SparseConv, nn.Conv1d):
+    """A 1-D convolution with a sparse weight."""
+
+    base = nn.Conv1d
+
+
+class SparseConv2d(_SparseConv, nn.Conv2d):
+    """A 2-D convolution with a sparse weight."""
+
+    base = nn.Conv2d
+
+
+class SparseConv3d(_SparseConv, nn.Conv3d):
+    """A 3-D convolution with a sparse weight."""
+
+    base = nn.Conv3d
+
+
+class _SparseConvTranspose(SparseLayer, nn.modules.conv._ConvTransposeNd):
+    transposed = True
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if self._full:
+            return super().forward(input, output_size)
+        x, weight, bias = self._operands(input)
+        space = len(self.kernel_size)
+        batched = x.dim() == space + 2
+        if not batched:
+            x = x.unsqueeze(0)
+        stride, padding, dilation = list(self.stride), [int(p) for p in self.padding], list(self.dilation)
+        extra = self._output_padding(input, output_size, stride, padding, list(self.kernel_size), space, dilation)
+        spec = ConvSpec(stride, padding, dilation, True, list(extra), self.groups)
+        out = ops.conv(x, weight, bias, self.weight_mask, self.handle, spec)
+        return out if batched else out.squeeze(0)
+
+
+class SparseConvTranspose1d(_SparseConvTranspose, nn.ConvTranspose1d):
+    """A transposed 1-D convolution with a sparse weight."""
+
+    base = nn.ConvTranspose1d
+
+
+class SparseConvTranspose2d(_SparseConvTranspose, nn.ConvTranspose2d):
+    """A transposed 2-D convolution with a sparse weight."""
+
+    base = nn.ConvTranspose2d
+
+
+class SparseConvTranspose3d(_SparseConvTranspose, nn.ConvTranspose3d):
+    """A transposed 3-D convolution with a sparse weight."""
+
+    base = nn.ConvTranspose3d
+
+
+SPARSE: dict[type[nn.Module], type[SparseLayer]] = {
+    kind.base: kind
+    for kind in (
+        SparseLinear,
+        SparseAttentionProjection,
+        SparseConv1d,
+        SparseConv2d,
+        SparseConv3d,
+        SparseConvTranspose1d,
+        SparseConvTranspose2d,
+        SparseConvTranspose3d,
+    )
+}
+
+
+def convert_(layer: nn.Module, mask: Tensor, runtime: Runtime, *, full: bool = False) -> SparseLayer:
+    """Make a torch layer sparse in place.
+
+    Args:
+        layer: An instance of exactly one of the classes in `SPARSE`.
+        mask: Bool, of the weight's shape.
+        runtime: New, or that of the layer it shares its weight with.
+        full: Whether the layer stays dense for good, as at density 1.0; it then runs torch's own forward.
+    Returns:
+        The same object.
+    Raises:
+        LayerError: the layer has an attribute of its own that sparsefx needs.
+    """
+    for name in (MASK, "_runtime", "_full", "_hooks"):
+        if name in layer.__dict__ or name in layer._buffers or name in layer._parameters:
+            raise LayerError(f"{runtime.name}: expected no attribute {name!r}, got one; rename it")
+    layer.__class__ = SPARSE[type(layer)]
+    assert isinstance(layer, SparseLayer)
+    layer.register_buffer(MASK, mask)
+    layer.__dict__.update(_runtime=runtime, _full=full)
+    layer._bind()
+    layer.zero_missing_()
+    return layer
+
+
+def revert_(layer: SparseLayer) -> nn.Module:
+    """Turn a sparse layer back into torch's own class in place; the weight keeps its zeros."""
+    layer._unhook()
+    for name in ("_runtime", "_full"):
+        del layer.__dict__[name]
+    del layer._buffers[MASK]
+    layer._non_persistent_buffers_set.discard(MASK)
+    layer.__class__ = layer.base  # pyright: ignore[reportAttributeAccessIssue]
+    return layer
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
+    """Sparse layers by name, one for each weight: of layers that share one, the first."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLayer) and id(module.runtime) not in seen:
+            seen.add(id(module.runtime))
+            yield name, module

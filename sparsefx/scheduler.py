@@ -1,0 +1,427 @@
+"""When masks change: the optimizer hook, the window of the dense gradient, updates, history and state."""
+
+import copy
+import time
+import warnings
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from sparsefx import moments
+from sparsefx.algorithms import resolve
+from sparsefx.algorithms.sparse_momentum import SparseMomentum
+from sparsefx.config import Granularity
+from sparsefx.errors import CheckpointError, SchedulerError, UpdateWarning
+from sparsefx.layers import SparseLayer
+from sparsefx.masks import Units, target_count
+from sparsefx.specialize import Specializer
+from sparsefx.update import LayerState, unusable, update_masks
+
+
+class Scheduler:
+    """Sparse momentum bound to a model, as `model.scheduler`.
+
+    Attributes:
+        config: The algorithm.
+        density: Fraction of weights that exist.
+        step: Optimizer steps taken since `attach`.
+        history: One row an update: `step`, `prune_rate`, `seconds`, `skipped` (None or why), and `layers`, by weight
+            name: `nnz`, `density`, `removed`, `grown`, `empty_in`, `empty_out`, `backends`.
+        specializer: Plans and backend choices.
+    """
+
+    def __init__(
+        self,
+        config: SparseMomentum,
+        layers: dict[str, SparseLayer],
+        granularity: Granularity,
+        density: float,
+        seed: int,
+        specializer: Specializer,
+    ) -> None:
+        self.config = config
+        self.layers = layers
+        self.granularity = granularity
+        self.density = density
+        self.seed = seed
+        self.specializer = specializer
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.units = {
+            name: Units.of(layer.weight.shape, granularity, layer.transposed) for name, layer in layers.items()
+        }
+        self.target = target_count(density, sum(layer.weight_mask.numel() for layer in layers.values()))
+        self._rules = {
+            kind: resolve(kind, getattr(config, kind)) for kind in ("decay", "prune", "redistribute", "grow")
+        }
+        self._detach_state()
+
+    def _detach_state(self) -> None:
+        self._optimizers: list[Optimizer] = []
+        self._handles: list[Any] = []
+        self._counts: list[int] = []
+        self._steps_per_update = 0
+        self._total_steps = 0
+        self._window = 0
+        self._folds = 0
+        self._open = False
+        self._stale = False
+        self._fresh: set[str] = set()
+
+    @property
+    def attached(self) -> bool:
+        """Whether `attach` has been called."""
+        return self._total_steps > 0
+
+    @property
+    def prune_rate(self) -> float:
+        """Share of each layer's weights that an update would remove now."""
+        if not self.attached:
+            return self.config.prune_rate
+        return self._rules["decay"](self.config.prune_rate, self.step, self._total_steps)
+
+    def attach(self, optimizer: Optimizer | Sequence[Optimizer], *, steps_per_update: int, total_steps: int) -> None:
+        """Let the optimizer's steps drive the updates; nothing else in the training loop changes.
+
+        Args:
+            optimizer: The one that holds the sparse weights, or several. A step counts when each has taken it.
+            steps_per_update: Optimizer steps between updates; the paper's is one epoch.
+            total_steps: Optimizer steps of the whole training, over which the prune rate falls. No update comes at
+                or after the last.
+        Raises:
+            SchedulerError: an optimizer without a usable first moment or without sparse weights, numbers below 1, or
+                a second `attach`.
+        """
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        if self._handles or self._optimizers:
+            raise SchedulerError(
+                "attach: expected a scheduler not yet attached, got a second call; call detach() first"
+            )
+        for name, value in (("steps_per_update", steps_per_update), ("total_steps", total_steps)):
+            if not isinstance(value, int) or value < 1:
+                raise SchedulerError(f"{name}: expected a positive number of optimizer steps, got {value!r}")
+        if steps_per_update > total_steps:
+            raise SchedulerError(
+                f"steps_per_update: expected at most total_steps ({total_steps}), got {steps_per_update}; "
+                "both count optimizer steps"
+            )
+        if not optimizers:
+            raise SchedulerError("attach: expected an optimizer, got none; pass the one that steps the model")
+        if self._needs_moment:
+            for one in optimizers:
+                moments.check_family(one)
+        self._optimizers = optimizers
+        places = self._places()
+        for one in optimizers:
+            if not any(owner is one for owner, _ in places.values()):
+                self._optimizers = []
+                raise SchedulerError(
+                    f"attach: expected an optimizer with sparse weights, got {type(one).__name__} without any; "
+                    "build it from model.parameters() and attach that one"
+                )
+        self._steps_per_update, self._total_steps = steps_per_update, total_steps
+        self._counts = [self.step] * len(optimizers)
+        if all(int(layer.weight_mask.sum()) == layer.weight_mask.numel() for layer in self.layers.values()):
+            return
+        outside = [n for n, layer in self.layers.items() if n not in places and layer.weight.requires_grad]
+        if outside:
+            warnings.warn(
+                f"{', '.join(outside)}: expected in an attached optimizer, found in none; their masks stay as they are",
+                UpdateWarning,
+                stacklevel=2,
+            )
+        self._window = self._window_length(places)
+        me: weakref.ref[Scheduler] = weakref.ref(self)
+        self._handles = [
+            one.register_step_post_hook(partial(_after_step, me, index)) for index, one in enumerate(optimizers)
+        ]
+        self._stale = True
+        self._note_fresh()
+        self._set_window()
+
+    def detach(self) -> None:
+        """Remove the hooks; the masks stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self.layers.values():
+            layer.runtime.collecting, layer.runtime.collected = False, None
+        self._detach_state()
+
+    @property
+    def _always(self) -> bool:
+        return self.config.dense_grad_window == "always"
+
+    @property
+    def _needs_moment(self) -> bool:
+        return self._rules["grow"].needs_first_moment or self.config.redistribute == "momentum"
+
+    def _places(self) -> dict[str, tuple[Optimizer, dict]]:
+        """Optimizer and parameter group of each sparse weight that is trained."""
+        names = {id(layer.weight): name for name, layer in self.layers.items() if layer.weight.requires_grad}
+        return {
+            names[id(parameter)]: (optimizer, group)
+            for optimizer in self._optimizers
+            for group, parameter in moments.members(optimizer)
+            if id(parameter) in names
+        }
+
+    def _window_length(self, places: dict[str, tuple[Optimizer, dict]]) -> int:
+        if not self._rules["grow"].needs_first_moment:
+            return 0
+        if self._always:
+            return self._steps_per_update
+        window = self.config.dense_grad_window
+        length = window if isinstance(window, int) else max(moments.memory(group) for _, group in places.values())
+        return min(length, self._steps_per_update)
+
+    @property
+    def _next_update(self) -> int:
+        return (self.step // self._steps_per_update + 1) * self._steps_per_update
+
+    def _set_window(self) -> None:
+        """Open or close the window for the next step."""
+        coming = self._next_update < self._total_steps
+        is_open = coming and self._next_update - self.step <= self._window
+        if self._open and not is_open:
+            self._clear_missing()
+        self._open = is_open
+        places = self._places() if is_open else {}
+        for name, layer in self.layers.items():
+            layer.runtime.collecting = name in places
+            if name not in places:
+                layer.runtime.collected = None
+
+    def _note_fresh(self) -> None:
+        """Note the weights that have no first moment yet."""
+        self._fresh = {
+            name
+            for name, (optimizer, _) in self._places().items()
+            if moments.first_moment(optimizer, self.layers[name].weight) is None
+        }
+
+    @torch.no_grad()
+    def _clear_missing(self) -> None:
+        """Forget the first moment of missing weights, so that they stay at zero without being masked at each step.
+
+        A moment from before `attach` is forgotten after the first step, not at `attach`: a resumed run loads its
+        state in between.
+        """
+        for name, (optimizer, _) in self._places().items():
+            layer = self.layers[name]
+            moment = moments.first_moment(optimizer, layer.weight)
+            if moment is not None:
+                moment.masked_fill_(~layer.weight_mask, 0)
+                layer.zero_missing_()
+
+    def _on_step(self, index: int) -> None:
+        """Do what follows an optimizer's step: fold, mask, count, and update when it is time."""
+        optimizer = self._optimizers[index]
+        if moments.skipped(optimizer):
+            return
+        mine = {n: group for n, (one, group) in self._places().items() if one is optimizer} if self._open else {}
+        if self._stale:
+            self._clear_missing()
+            self._stale = False
+        self._fold(mine, optimizer)
+        for name in mine:
+            self.layers[name].zero_missing_()
+        if self._fresh:
+            self._note_fresh()
+        self._counts[index] += 1
+        if min(self._counts) == self.step:
+            return
+        self.step = min(self._counts)
+        self._folds += self._open
+        if self.step % self._steps_per_update == 0 and self.step < self._total_steps:
+            self.update()
+        else:
+            self._set_window()
+
+    @torch.no_grad()
+    def _fold(self, mine: dict[str, dict], optimizer: Optimizer) -> None:
+        """Complete the first moments at missing weights with the gradients collected for them (contract 6).
+
+        Args:
+            mine: Parameter group by name of the optimizer's sparse weights.
+        """
+        ready = {}
+        for name, group in mine.items():
+            layer = self.layers[name]
+            grad, collected = layer.weight.grad, layer.runtime.collected
+            moment = moments.first_moment(optimizer, layer.weight)
+            if grad is not None and collected is not None and moment is not None:
+                ready[name] = (group, layer, collected, moment, moments.products(collected, grad))
+        whole = moments.scale_seen([sum(column) for column in zip(*(r[-1] for r in ready.values()), strict=True)], 1.0)
+        for name, (group, layer, collected, moment, products) in ready.items():
+            missing = collected.masked_fill(layer.weight_mask, 0).mul_(moments.scale_seen(products, whole))
+            moments.fold_(moment, group, missing.to(moment.dtype), first=name in self._fresh)
+
+    def update(self) -> None:
+        """Prune, redistribute and regrow once, now.
+
+        Raises:
+            SchedulerError: not attached, or the window of the dense gradient is not complete.
+        """
+        if not self.attached:
+            raise SchedulerError("update: expected an attached scheduler, got none; call attach(optimizer, ...) first")
+        needed = min(1, self._window) if self._always else self._window
+        if self._folds < needed:
+            raise SchedulerError(
+                f"update: expected a complete window of {needed} steps with the dense gradient, got "
+                f'{self._folds}; let the steps drive the updates, or use dense_grad_window="always"'
+            )
+        start = time.perf_counter()
+        spent = self.specializer.seconds
+        rate = self.prune_rate
+        states = self._layer_states()
+        reason = unusable(states)
+        changed: dict[str, tuple[int, int]] = {}
+        if reason is not None:
+            warnings.warn(f"{reason}; the update at step {self.step} is skipped", UpdateWarning, stacklevel=2)
+        elif states:
+            changed = self._apply(states, rate)
+        if not self._always:
+            self._folds = 0
+            self._clear_missing()
+        self._set_window()
+        self.specializer.respecialize([self.layers[n] for n, counts in changed.items() if any(counts)])
+        self.history.append(
+            {
+                "step": self.step,
+                "prune_rate": rate,
+                "seconds": time.perf_counter() - start,
+                "specialize_seconds": self.specializer.seconds - spent,
+                "skipped": reason,
+                "layers": {name: self._row(name, *changed.get(name, (0, 0))) for name in self.layers},
+            }
+        )
+
+    def _layer_states(self) -> list[LayerState]:
+        """The layers that take part in an update: those whose weight has been stepped."""
+        states = []
+        for name, (optimizer, group) in sorted(self._places().items(), key=lambda p: list(self.layers).index(p[0])):
+            layer = self.layers[name]
+            moment = moments.first_moment(optimizer, layer.weight)
+            if moment is None and self._needs_moment:
+                continue
+            weight, mask = layer.weight.detach(), layer.weight_mask
+            contribution = 0.0
+            if moment is None:
+                moment = torch.zeros_like(weight)
+            else:
+                scaled = moments.normalized(optimizer, group, layer.weight)
+                contribution = float(scaled[mask].abs().double().mean())
+            states.append(LayerState(name, self.units[name], weight, mask, moment, contribution))
+        return states
+
+    def _apply(self, states: list[LayerState], rate: float) -> dict[str, tuple[int, int]]:
+        """Compute the new masks and put them in place; numbers of weights removed and grown by layer."""
+        part = {s.name for s in states}
+        fixed = sum(self.specializer.plan(layer).nnz for n, layer in self.layers.items() if n not in part)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        changes = update_masks(
+            states,
+            rate,
+            self.target - fixed,
+            self._rules["prune"],
+            self._rules["redistribute"],
+            self._rules["grow"],
+            generator,
+        )
+        places = self._places()
+        for state, change in zip(states, changes, strict=True):
+            layer, optimizer = self.layers[state.name], places[state.name][0]
+            grown = change.mask & ~change.kept
+            with torch.no_grad():
+                layer.weight.masked_fill_(grown, 0)
+            moments.start_grown_(optimizer, layer.weight, change.kept, grown)
+            if not torch.equal(layer.weight_mask, change.mask):
+                layer.set_mask_(change.mask)
+        return {s.name: (c.removed, c.grown) for s, c in zip(states, changes, strict=True)}
+
+    def _row(self, name: str, removed: int, grown: int) -> dict[str, Any]:
+        plan = self.specializer.plan(self.layers[name])
+        return {
+            "nnz": plan.nnz,
+            "density": plan.nnz / plan.mask.numel(),
+            "removed": removed,
+            "grown": grown,
+            "empty_in": plan.empty_in,
+            "empty_out": plan.empty_out,
+            "backends": self.specializer.backends(self.layers[name]),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs beside the model's and the optimizer's state; plain values only."""
+        return {
+            "shapes": {name: list(layer.weight_mask.shape) for name, layer in self.layers.items()},
+            "density": self.density,
+            "granularity": [self.granularity.kind, self.granularity.rows, self.granularity.columns],
+            "prune_rate": self.config.prune_rate,
+            "seed": self.seed,
+            "step": self.step,
+            "counts": list(self._counts),
+            "folds": self._folds,
+            "steps_per_update": self._steps_per_update,
+            "total_steps": self._total_steps,
+            "history": copy.deepcopy(self.history),
+            "specializer": self.specializer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume: call it after `attach`, and after loading the model's and the optimizer's state.
+
+        Raises:
+            CheckpointError: the state is of other layers or of another density, granularity or prune rate; nothing is
+                changed.
+        """
+        mine = self.state_dict()
+        for key in ("density", "granularity", "prune_rate", "shapes"):
+            if state[key] != mine[key]:
+                raise CheckpointError(
+                    f"scheduler: expected {key} {mine[key]!r}, got {state[key]!r}; sparsify with the saved value"
+                )
+        for key in ("steps_per_update", "total_steps"):
+            if self.attached and state[key] and state[key] != mine[key]:
+                raise CheckpointError(
+                    f"scheduler: expected {key} {mine[key]}, got {state[key]}; attach with the saved value"
+                )
+        self.seed = state["seed"]
+        self.step = state["step"]
+        self._folds = state["folds"]
+        self._stale = False
+        self.history = copy.deepcopy(state["history"])
+        self.specializer.load_state_dict(state["specializer"])
+        if self._optimizers:
+            self._counts = list(state["counts"]) or [self.step] * len(self._optimizers)
+            if self._handles:
+                self._note_fresh()
+                self._set_window()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry an unattached scheduler: the optimizer is not theirs."""
+        state = self.__dict__.copy()
+        for name in ("_optimizers", "_handles", "_counts", "_fresh", "_open", "_folds", "_stale"):
+            del state[name]
+        state.update(step=0, _steps_per_update=0, _total_steps=0, _window=0, history=list(self.history))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._detach_state()
+
+    def rebind(self, layers: dict[str, SparseLayer]) -> None:
+        """Drive these layers: the ones of a copied or unpickled model."""
+        self.layers = layers
+        for layer in layers.values():
+            self.specializer.adopt(layer)
+
+
+def _after_step(scheduler: "weakref.ref[Scheduler]", index: int, *_: Any) -> None:
+    found = scheduler()
+    if found is not None:
+        found._on_step(index)

@@ -1,0 +1,246 @@
+"""From masks to executable plans: candidates, measurement, choice, and re-planning as masks change (contracts 7, 9)."""
+
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefx.errors import BackendWarning
+from sparsefx.kernels.compaction import Compaction
+from sparsefx.kernels.reference import DENSE
+from sparsefx.kernels.runtime import Backend, Runtime
+from sparsefx.kernels.spec import ConvSpec, is_channels_last
+from sparsefx.layers import SparseLayer, owners
+
+PASSES: tuple[str, ...] = ("fprop", "dgrad", "wgrad")
+_WORTH_TRYING = 0.9
+"""Compaction is a candidate below this share of live weights in the matrix; above it only adds copies."""
+_MARGIN = 0.97
+"""Another backend must take at most this share of the dense time, so that noise does not decide."""
+_REPEATS = 5
+
+Key = tuple
+
+
+class Plan:
+    """What one layer runs with its present mask.
+
+    Attributes:
+        mask: A copy of the mask that the plan was built for.
+        candidates: Backends by name; dense is always one.
+        choices: Name of the backend by call: pass, shape, type and memory format.
+        nnz: Number of weights that exist.
+        live_in, live_out: Numbers of channels that have a weight; `empty_in`, `empty_out`: of those that have none.
+    """
+
+    def __init__(self, mask: Tensor, transposed: bool, groups: int) -> None:
+        self.mask = mask.clone()
+        self.stamp = _stamp(mask)
+        matrix = mask.transpose(0, 1) if transposed else mask
+        self.nnz = int(mask.sum())
+        self.live_out = int(matrix.flatten(1).any(1).sum())
+        self.live_in = int(matrix.transpose(0, 1).flatten(1).any(1).sum())
+        self.empty_out, self.empty_in = matrix.shape[0] - self.live_out, matrix.shape[1] - self.live_in
+        share = self.live_out * self.live_in / max(1, matrix.shape[0] * matrix.shape[1])
+        self.compacts = groups == 1 and share <= _WORTH_TRYING
+        self.candidates: dict[str, Backend] = {"dense": DENSE}
+        self.choices: dict[Key, str] = {}
+
+    def stale(self, mask: Tensor) -> bool:
+        """Whether `mask` differs from the plan's; looks at the contents where version or storage moved."""
+        if _stamp(mask) == self.stamp:
+            return False
+        if self.mask.device == mask.device and torch.equal(self.mask, mask):
+            self.stamp = _stamp(mask)
+            return False
+        return True
+
+
+class Specializer:
+    """Plans and backend choices of one model.
+
+    Attributes:
+        table: Measured choices by layer geometry, call and live channels; saved and replayed (contract 9).
+        rebuilds: How often each layer's plan was built.
+        seconds: Time spent building plans and measuring.
+    """
+
+    def __init__(self) -> None:
+        self.table: dict[str, str] = {}
+        self.rebuilds: dict[str, int] = {}
+        self.seconds = 0.0
+        self._plans: dict[int, Plan] = {}
+        self._calls: dict[int, dict[Key, ConvSpec | None]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"table": dict(self.table), "rebuilds": {}, "seconds": 0.0, "_plans": {}, "_calls": {}}
+
+    def adopt(self, layer: SparseLayer) -> None:
+        """Choose the layer's backends from now on."""
+        layer.runtime.choose = _Chooser(self, layer.runtime)
+
+    def plan(self, layer: SparseLayer) -> Plan:
+        """The layer's plan, rebuilt if its mask changed."""
+        return self._plan(layer.runtime, layer.weight_mask, layer)
+
+    def backends(self, layer: SparseLayer) -> dict[str, str]:
+        """Backend of each pass as last called; dense where a pass has not run."""
+        plan = self._plans.get(layer.handle)
+        chosen = dict.fromkeys(PASSES, "dense")
+        if plan is not None:
+            chosen.update({key[0]: name for key, name in plan.choices.items()})
+        return chosen
+
+    def respecialize(self, layers: list[SparseLayer]) -> None:
+        """Rebuild the plans of layers whose masks changed, and choose again for every call seen so far."""
+        for layer in layers:
+            plan = self.plan(layer)
+            start = time.perf_counter()
+            for key, spec in self._calls.get(layer.handle, {}).items():
+                if key not in plan.choices:
+                    plan.choices[key] = self._choose(plan, key, spec, layer.weight, None)
+            self.seconds += time.perf_counter() - start
+
+    def state_dict(self) -> dict[str, Any]:
+        """The choices and the machine they were measured on."""
+        return {"machine": machine(), "table": dict(self.table)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replay saved choices; those of another machine are dropped and measured again."""
+        same = state["machine"] == machine()
+        if not same and state["table"]:
+            warnings.warn(
+                f"backend choices: expected those of {machine()}, got those of another machine ({state['machine']}); "
+                "they are measured again, and results may differ in the last bits",
+                BackendWarning,
+                stacklevel=3,
+            )
+        self.table = dict(state["table"]) if same else {}
+        self._plans.clear()
+
+    def backend(
+        self,
+        runtime: Runtime,
+        kind: str,
+        spec: ConvSpec | None,
+        x: Tensor,
+        grad: Tensor | None,
+        weight: Tensor,
+        mask: Tensor,
+    ) -> Backend:
+        """The backend for one pass of one call."""
+        plan = self._plan(runtime, mask, None, spec)
+        key = (kind, tuple(x.shape), str(x.dtype), _format(x))
+        name = plan.choices.get(key)
+        if name is None:
+            self._calls.setdefault(runtime.handle, {})[key] = spec
+            start = time.perf_counter()
+            name = plan.choices[key] = self._choose(plan, key, spec, weight, (x, grad))
+            self.seconds += time.perf_counter() - start
+        return self._candidate(plan, name, spec)
+
+    def _plan(self, runtime: Runtime, mask: Tensor, layer: SparseLayer | None, spec: ConvSpec | None = None) -> Plan:
+        plan = self._plans.get(runtime.handle)
+        if plan is None or plan.stale(mask):
+            start = time.perf_counter()
+            layer = layer or owners(runtime)[0]
+            plan = self._plans[runtime.handle] = Plan(mask, layer.transposed, getattr(layer, "groups", 1))
+            self.rebuilds[runtime.name] = self.rebuilds.get(runtime.name, 0) + 1
+            self.seconds += time.perf_counter() - start
+        return plan
+
+    def _candidate(self, plan: Plan, name: str, spec: ConvSpec | None) -> Backend:
+        if name not in plan.candidates:
+            plan.candidates[name] = Compaction(plan.mask, spec)
+        return plan.candidates[name]
+
+    def _choose(
+        self, plan: Plan, key: Key, spec: ConvSpec | None, weight: Tensor, call: tuple[Tensor, Tensor | None] | None
+    ) -> str:
+        """Name of the fastest candidate, from the table or by measuring it."""
+        if not plan.compacts:
+            return "dense"
+        live = (_bucket(plan.live_in, plan.mask.shape), _bucket(plan.live_out, plan.mask.shape))
+        entry = repr((tuple(plan.mask.shape), spec.key if spec else None, key, live, torch.get_num_threads()))
+        if entry not in self.table:
+            x, grad = call if call is not None else _sample(key, weight)
+            self.table[entry] = self._fastest(plan, key[0], spec, x, grad, weight.detach())
+        return self.table[entry]
+
+    @torch.no_grad()
+    def _fastest(
+        self, plan: Plan, kind: str, spec: ConvSpec | None, x: Tensor, grad: Tensor | None, weight: Tensor
+    ) -> str:
+        weight = weight.to(x.dtype)
+        if kind != "fprop" and grad is None:
+            grad = torch.randn_like(DENSE.fprop(spec, x, weight, None))
+
+        def run(backend: Backend) -> Callable[[], Tensor]:
+            if kind == "fprop":
+                return lambda: backend.fprop(spec, x, weight, None)
+            assert grad is not None
+            if kind == "dgrad":
+                return lambda: backend.dgrad(spec, grad, x, weight)
+            return lambda: backend.wgrad(spec, grad, x, weight, plan.mask)
+
+        times = interleaved([run(DENSE), run(self._candidate(plan, "compaction", spec))], x.device)
+        return "compaction" if times[1] < _MARGIN * times[0] else "dense"
+
+
+class _Chooser:
+    """`Runtime.choose` of one layer."""
+
+    def __init__(self, specializer: Specializer, runtime: Runtime) -> None:
+        self.specializer, self.runtime = specializer, runtime
+
+    def __call__(
+        self, kind: str, spec: ConvSpec | None, x: Tensor, grad: Tensor | None, weight: Tensor, mask: Tensor
+    ) -> Backend:
+        return self.specializer.backend(self.runtime, kind, spec, x, grad, weight, mask)
+
+
+def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
+    """Median seconds of each call, run in turn so that drift of the machine hits all alike."""
+
+    def timed(call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for call in calls:
+        timed(call)
+    rounds = [[timed(call) for call in calls] for _ in range(_REPEATS)]
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+def machine() -> str:
+    """What a measured choice depends on beside the call."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no gpu"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {gpu} torch {torch.__version__}"
+
+
+def _sample(key: Key, weight: Tensor) -> tuple[Tensor, None]:
+    """An input like those of a call seen before."""
+    _, shape, dtype, layout = key
+    x = torch.randn(shape, device=weight.device).to(getattr(torch, dtype.removeprefix("torch.")))
+    return (x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x), None
+
+
+def _stamp(mask: Tensor) -> tuple[int, int]:
+    return mask.data_ptr(), 0 if mask.is_inference() else mask._version
+
+
+def _format(x: Tensor) -> str:
+    return "channels_last" if is_channels_last(x) else "contiguous"
+
+
+def _bucket(live: int, shape: torch.Size) -> int:
+    """Live channels in steps of a sixteenth of the larger channel count."""
+    return -(-live * 16 // max(shape[0], shape[1]))

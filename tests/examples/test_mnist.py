@@ -1,0 +1,88 @@
+import argparse
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from examples import mnist
+
+SETTINGS = {"model": "lenet300", "density": 0.05, "granularity": "weight", "window": "auto", "batch": 50, "quiet": True}
+
+
+def synthetic(count: int, noise: float = 0.3) -> tuple[Tensor, Tensor]:
+    """Ten classes, each a fixed random image plus noise: learnable in one epoch."""
+    prototypes = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(7))
+    labels = torch.randint(10, (count,))
+    return prototypes[labels] + noise * torch.randn(count, 1, 28, 28), labels
+
+
+def settings(**changes: object) -> argparse.Namespace:
+    return argparse.Namespace(**{**SETTINGS, "epochs": 1, **changes})
+
+
+@pytest.mark.parametrize(("model", "density"), [("lenet300", 0.05), ("lenet300", 1.0), ("lenet5", 0.05)])
+def test_one_epoch_learns_the_synthetic_digits(model: str, density: float) -> None:
+    row = mnist.train(settings(model=model, density=density), 0, (*synthetic(2000), *synthetic(200)))
+    assert row["test_error"] < 10
+    assert row["density"] == density
+
+
+def test_same_seed_same_result() -> None:
+    data = (*synthetic(500), *synthetic(100, noise=3.0))
+    first, second = (mnist.train(settings(), 3, data) for _ in range(2))
+    for field in ("test_error", "valid_error", "test_error_at_best_valid"):
+        assert first[field] == second[field]
+
+
+def test_real_mnist(data_root: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    archives = sorted((data_root / "mnist").glob("*.gz"))
+    if len(archives) != 4:
+        pytest.skip(f"expected the four files of MNIST in {data_root / 'mnist'}, found {len(archives)}")
+    for archive in archives:
+        with gzip.open(archive) as source, open(raw / archive.stem, "wb") as target:
+            shutil.copyfileobj(source, target)
+    images, labels = mnist.load(tmp_path, download=False, train=True)
+    test = mnist.load(tmp_path, download=False, train=False)
+    assert images.shape == (60_000, 1, 28, 28)
+    assert test[0].shape == (10_000, 1, 28, 28)
+    assert abs(images.mean().item()) < 1e-3
+    assert abs(images.std().item() - 1) < 1e-3
+    row = mnist.train(settings(batch=100), 0, (images[:10_000], labels[:10_000], *test))
+    assert row["test_error"] < 15
+
+
+def test_an_interrupted_series_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, trained = tmp_path / "mnist.json", []
+    monkeypatch.setattr(mnist, "load", lambda *_: synthetic(500))
+    train = mnist.train
+
+    def counted(args: argparse.Namespace, seed: int, data: tuple[Tensor, ...]) -> dict:
+        trained.append(seed)
+        return train(args, seed, data)
+
+    monkeypatch.setattr(mnist, "train", counted)
+    for seeds in ("1", "2"):
+        options = ["--seeds", seeds, "--epochs", "1", "--density", "1", "--out", str(out), "--quiet"]
+        monkeypatch.setattr("sys.argv", ["mnist.py", *options])
+        mnist.main()
+    assert trained == [0, 1]
+    assert [row["seed"] for row in json.loads(out.read_text())] == [0, 1]
+
+
+def test_report_has_mean_and_standard_error() -> None:
+    common = {"model": "lenet300", "density": 0.05, "window": "auto", "granularity": "weight", "epochs": 1}
+    rows = [{**common, "seed": i, "test_error": e, "test_error_at_best_valid": 2.0} for i, e in enumerate((1.0, 2.0))]
+    assert mnist.report(rows).splitlines()[-1].endswith("| 2 | 1.50 +- 0.50 | 2.00 +- 0.00 |")
+
+
+def test_granularity_from_text() -> None:
+    assert mnist.parse_granularity("weight") == "weight"
+    assert mnist.parse_granularity("column:16") == ("column", 16)
+    assert mnist.parse_granularity("block:4:4") == ("block", 4, 4)
+    assert mnist.parse_granularity("channel:in") == ("channel", "in")

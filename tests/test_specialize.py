@@ -1,0 +1,122 @@
+"""Plans follow the masks: rebuilt where a mask changed, the same objects where not; choices are measured and replayed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sparsefx
+from sparsefx import specialize
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear layer; the first two are wide enough for compaction to pay."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, padding=1)
+        self.conv2 = nn.Conv2d(64, 64, 3, padding=1)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.conv2(torch.relu(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture
+def model():
+    return sparsefx.sparsify(Net(), 0.2)
+
+
+def step(model):
+    model(torch.randn(4, 3, 12, 12)).square().sum().backward()
+
+
+def narrow(layer, rows: int) -> torch.Tensor:
+    """A mask with the same number of weights, all in the first `rows` output channels."""
+    mask = torch.zeros_like(layer.weight_mask).flatten()
+    mask[: rows * layer.weight_mask[0].numel()] = True
+    return mask.view_as(layer.weight_mask)
+
+
+def test_only_changed_layers_get_a_new_plan(model):
+    step(model)
+    specializer = model.scheduler.specializer
+    plans = {name: specializer.plan(layer) for name, layer in model.scheduler.layers.items()}
+    assert specializer.rebuilds == {"conv1": 1, "conv2": 1, "fc": 1}
+    model.conv2.set_mask_(~model.conv2.weight_mask)
+    model.conv1.set_mask_(model.conv1.weight_mask.clone())
+    step(model)
+    assert specializer.rebuilds == {"conv1": 1, "conv2": 2, "fc": 1}
+    for name, layer in model.scheduler.layers.items():
+        assert (specializer.plan(layer) is plans[name]) == (name != "conv2.weight")
+
+
+@pytest.mark.parametrize("how", ["copy_", "data", "load", "deepcopy"])
+def test_a_mask_written_by_hand_is_noticed(model, how):
+    step(model)
+    new = narrow(model.conv2, 8)
+    if how == "copy_":
+        model.conv2.weight_mask.copy_(new)
+    elif how == "data":
+        model.conv2.weight_mask.data = new
+    elif how == "load":
+        state = {**model.state_dict(), "conv2.weight_mask": new}
+        state["conv1.weight_mask"] = model.conv1.weight_mask
+        model.conv2.load_state_dict({k.removeprefix("conv2."): v for k, v in state.items() if k.startswith("conv2.")})
+    else:
+        model = copy.deepcopy(model)
+        model.conv2.weight_mask.copy_(new)
+    model.conv2.zero_missing_()
+    assert model.scheduler.specializer.plan(model.conv2).live_out == 8
+    x = torch.randn(4, 3, 12, 12)
+    dense = Net()
+    dense.load_state_dict({k: v for k, v in model.state_dict().items() if "mask" not in k})
+    torch.testing.assert_close(model(x), dense(x))
+
+
+def test_a_layer_that_crosses_break_even_changes_backend(model, monkeypatch):
+    monkeypatch.setattr(specialize, "interleaved", lambda calls, device: [[2.0, 1.0], calls[1]()][0])
+    step(model)
+    specializer = model.scheduler.specializer
+    assert set(specializer.backends(model.conv2).values()) == {"dense"}
+    model.conv2.set_mask_(narrow(model.conv2, 12))
+    specializer.respecialize([model.conv2])
+    assert specializer.backends(model.conv2) == dict.fromkeys(specialize.PASSES, "compaction")
+    step(model)
+    model.conv2.set_mask_(torch.ones_like(model.conv2.weight_mask))
+    specializer.respecialize([model.conv2])
+    assert set(specializer.backends(model.conv2).values()) == {"dense"}
+
+
+def test_compaction_wins_where_most_channels_are_dead():
+    layer = nn.Conv2d(128, 128, 3, padding=1)
+    sparsefx.sparsify(layer, 0.02, granularity="channel")
+    x = torch.randn(8, 128, 16, 16, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.scheduler.specializer.backends(layer)["fprop"] == "compaction"
+
+
+def test_choices_are_replayed_and_not_measured_again(model, monkeypatch):
+    model.conv2.set_mask_(narrow(model.conv2, 12))
+    step(model)
+    state = model.scheduler.specializer.state_dict()
+    assert len(state["table"]) >= 3
+
+    def never(calls, device):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(specialize, "interleaved", never)
+    other = sparsefx.sparsify(Net(), 0.2)
+    other.scheduler.specializer.load_state_dict(state)
+    other.conv2.set_mask_(narrow(other.conv2, 12))
+    step(other)
+    assert other.scheduler.specializer.backends(other.conv2) == model.scheduler.specializer.backends(model.conv2)
+
+
+def test_choices_of_another_machine_are_dropped(model):
+    state = {"machine": "another", "table": {"x": "compaction"}}
+    with pytest.warns(sparsefx.errors.BackendWarning, match="another machine"):
+        model.scheduler.specializer.load_state_dict(state)
+    assert model.scheduler.specializer.table == {}
