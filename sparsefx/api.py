@@ -71,7 +71,7 @@ def sparsify(
     bound.rebind(layers)
     program = install(model, is_leaf=is_leaf, mixins=(Checked,), extras={"scheduler": bound, "dense": selection.dense})
     if example_inputs is not None:
-        program.verify(*((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))
+        program.verify(model, *((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))
     return model
 
 

@@ -435,7 +435,7 @@ def test_an_untraceable_model_keeps_exact_counts() -> None:
     torch.manual_seed(0)
     model = Loop(nn.Linear(12, 12), nn.Linear(12, 12))
     with pytest.warns(TraceWarning):
-        sparsefx.sparsify(model, 0.25)
+        sparsefx.sparsify(model, 0.25)(torch.randn(1, 12))
     optimizer = attach(model)
     for _ in range(6):
         model(torch.randn(1, 12)).sum().backward()

@@ -24,7 +24,6 @@ from torchvision.models.optical_flow import raft
 from torchvision.ops import StochasticDepth
 
 import sparsefx
-from sparsefx.errors import TraceWarning
 
 DENSITY = 0.1
 SHARED_ABOVE = 200_000_000  # parameters from which model and reference share float64 storage
@@ -59,7 +58,8 @@ class Row:
     dense_layers: int = 0
     weights: int = 0
     existing: int = 0
-    traced: str = ""
+    traced_train: str = ""
+    traced_eval: str = ""
     train_float64: float = math.nan
     eval_float64: float = math.nan
     train_float32_ratio: float = math.nan
@@ -216,15 +216,26 @@ def small() -> Iterator[Case]:
         lambda: models.segmentation.lraspp._lraspp_mobilenetv3(models.mobilenet_v3_small(), 21),
         image(32),
     )
-    yield Case("videoresnet (small)", "video", small_video, clip(4, 16, 4))
+    yield Case("mobilenet_v2 (small)", "small", lambda: models.MobileNetV2(10, width_mult=0.2), image(32))
+    yield Case("efficientnet (small)", "small", small_efficientnet, image(32))
+    yield Case(
+        "regnet (small)",
+        "small",
+        lambda: models.RegNet(models.regnet.BlockParams.from_init_params(5, 16, 16.0, 2.0, 8, se_ratio=0.25), 10),
+        image(32),
+    )
+    yield Case(
+        "swin3d (small)",
+        "video",
+        lambda: models.video.SwinTransformer3d([2, 4, 4], 24, [2, 2], [2, 4], [2, 4, 4], num_classes=10),
+        clip(4, 32, 2),
+    )
     yield Case("retinanet (small)", "detection", small_detector, detection_inputs(64))
 
 
-def small_video() -> nn.Module:
-    resnet = models.video.resnet
-    return resnet.VideoResNet(
-        resnet.BasicBlock, [resnet.Conv2Plus1D] * 4, [1, 1, 1, 1], resnet.R2Plus1dStem, num_classes=10
-    )
+def small_efficientnet() -> nn.Module:
+    config = models.efficientnet.MBConvConfig
+    return models.EfficientNet([config(1, 3, 1, 16, 16, 1), config(4, 3, 2, 16, 24, 2)], 0.0, num_classes=10)
 
 
 def small_detector() -> nn.Module:
@@ -316,16 +327,22 @@ def compare(model: nn.Module, reference: nn.Module, case: Case, dtype: torch.dty
 
 def own_difference(reference: nn.Module, case: Case) -> float:
     """Return the error between the dense model's fp32 outputs in NCHW and channels_last."""
+    buffers = {name: value.clone() for name, value in reference.named_buffers()}
     expected = run(reference, case, torch.float32)
+    reference.load_state_dict(buffers, strict=False)
     format_ = torch.channels_last_3d if case.family == "video" else torch.channels_last
     other = copy.deepcopy(reference).to(memory_format=format_)  # pyright: ignore[reportCallIssue]
     return relative_error(run(other, case, torch.float32, format_), expected)
 
 
-def traced_or_why(model: nn.Module, caught: list[warnings.WarningMessage]) -> str:
-    """Say which modes run a traced graph, or the reason that they do not."""
-    reasons = [str(w.message) for w in caught if issubclass(w.category, TraceWarning)]
-    return "; ".join(dict.fromkeys(reasons)) or "yes"
+def traced_or_why(model: nn.Module) -> str:
+    """Say whether the model's present mode runs a traced graph, and why modules keep their own forward."""
+    own = [(row.name, row.reason) for row in sparsefx.summary(model).rows if row.status == "own forward"]
+    if not own:
+        return "yes"
+    if own[0][0] == "":
+        return f"no: {own[0][1]}"
+    return f"but {len(own)} modules: " + "; ".join(dict.fromkeys(reason for _, reason in own))
 
 
 def check(case: Case, float32: bool = True) -> Row:
@@ -343,8 +360,8 @@ def check(case: Case, float32: bool = True) -> Row:
     excite_(model)
     reference = copy.deepcopy(model)
     row = Row(case.name, case.family)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         sparse = sparsefx.sparsify(model, DENSITY, seed=0)
         assert sparse is model
         masks = sparsefx.masks(model)
@@ -361,8 +378,9 @@ def check(case: Case, float32: bool = True) -> Row:
             )
         to_float64_(model, reference)
         row.train_float64 = compare(model.train(), reference.train(), case, torch.float64)
+        row.traced_train = traced_or_why(model)
         row.eval_float64 = compare(model.eval(), reference.eval(), case, torch.float64)
-    row.traced = traced_or_why(model, caught)
+        row.traced_eval = traced_or_why(model)
     row.seconds = time.perf_counter() - start
     return row
 
@@ -423,7 +441,7 @@ def main() -> None:
         try:
             text = line(check(zoo[name]))
         except Exception as error:  # one broken model must not hide the others
-            text = line(Row(name, zoo[name].family, traced=f"FAILED: {type(error).__name__}: {error}"))
+            text = line(Row(name, zoo[name].family, traced_train=f"FAILED: {type(error).__name__}: {error}"))
         with arguments.out.open("a") as table:
             table.write(text + "\n")
         print(text, flush=True)

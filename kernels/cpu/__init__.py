@@ -8,7 +8,7 @@ from .build import CompilerUnavailable
 from .conv import ConvPlan
 from .layout import as_channels_last, from_blocked, from_channels_last, to_blocked
 from .linear import LinearPlan
-from .norm import NormGrads, Normalized, batch_norm_backward, batch_norm_forward
+from .norm import Normalized, NormGrads, batch_norm_backward, batch_norm_forward
 from .plan import Tiling
 
 __all__ = [

@@ -18,9 +18,11 @@ from sparsefx.graph.compact_report import (
     same_random_state,
     tolerance,
 )
+from sparsefx.graph.install import STATE, program_of
 from sparsefx.graph.links import CONVS, LINEARS, Links
 from sparsefx.graph.liveness import Flow
 from sparsefx.graph.slicing import slice_channels, slice_layer, slice_tensor
+from sparsefx.graph.trace import trace
 from sparsefx.layers import SparseLayer, revert_
 
 _PER_CHANNEL = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.PReLU)
@@ -41,7 +43,8 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     Returns:
         A `torch.fx.GraphModule` of torch's own layers, with the attribute `compact_report`, a plain dict:
         `parameters` before and after (of the dense model and of the result); `layers`, by name of each layer that
-        became smaller, its channels before and after; with `example_inputs`, `multiply_adds` and `seconds` per forward
+        became smaller, its channels before and after; `untraced`, reasons by name of modules that do not trace or have
+        hooks and stay as they are; with `example_inputs`, `multiply_adds` and `seconds` per forward
         before and after, and `difference`, the relative norm of the outputs' difference.
         A model that does not trace comes back as it is, with dense layers, nothing removed and a TraceWarning.
     Example:
@@ -57,19 +60,26 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
 
 def _compact(dense: nn.Module, inputs: tuple | None) -> nn.Module:
     expected = None if inputs is None else outputs(dense, inputs)
+    found = trace(dense, type(dense).forward, lambda module, name: False)
+    if found.graph is None:
+        return _unchanged(dense, found.boundaries[""])
+    found.graph._tracer_cls = fx.Tracer
+    result = fx.GraphModule(dense, found.graph, f"Compact{type(dense).__name__}")
     try:
-        graph = fx.Tracer().trace(dense)
-        result = fx.GraphModule(dense, graph, f"Compact{type(dense).__name__}")
-        shapes = None if inputs is None else measured_shapes(result, inputs)
-        _name_flattens_(result, shapes or {})
+        shapes = {} if inputs is None else measured_shapes(result, inputs)
     except Exception as error:
-        return _unchanged(dense, f"does not trace ({type(error).__name__}: {error})")
-    layers = _shrink_(result, Flow(graph, result, shapes))
-    report = {"parameters": {"before": _count(dense), "after": _count(result)}, "layers": layers}
+        return _unchanged(dense, f"has a graph that fails ({type(error).__name__}: {error})")
+    _name_flattens_(result, shapes)
+    layers = _shrink_(result, Flow(found.graph, result, shapes))
+    report = {
+        "parameters": {"before": _count(dense), "after": _count(result)},
+        "layers": layers,
+        "untraced": found.boundaries | found.called,
+    }
     if inputs is not None and expected is not None:
         difference = relative_difference(outputs(result, inputs), expected)
         if not difference <= tolerance(dense):
-            return _unchanged(dense, f"its trace computes something else (relative difference {difference:.1e})")
+            return _unchanged(dense, f"has a graph whose results differ (relative difference {difference:.1e})")
         report |= {"difference": difference, **measure(dense, result, inputs)}
     result.compact_report = report  # pyright: ignore[reportArgumentType]
     return result
@@ -86,17 +96,26 @@ def _name_flattens_(model: fx.GraphModule, shapes: Mapping[fx.Node, torch.Size])
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model in which every sparse layer is torch's own, with the zeros in its weight."""
+    """Return a copy of a model that is of the user's class, with torch's own layers and the zeros in their weights."""
     dense = copy.deepcopy(model)
-    for module in [module for module in dense.modules() if isinstance(module, SparseLayer)]:
-        revert_(module)
+    for module in list(dense.modules()):
+        if (program := program_of(module)) is not None:
+            del module.__dict__[STATE]
+            module.__class__ = program.base
+        if isinstance(module, SparseLayer):
+            revert_(module)
     return dense
 
 
 def _unchanged(dense: nn.Module, reason: str) -> nn.Module:
-    warnings.warn(f"{type(dense).__name__}: {reason}; compact removed nothing", TraceWarning, stacklevel=4)
-    count = _count(dense)
-    dense.compact_report = {"parameters": {"before": count, "after": count}, "layers": {}, "reason": reason}  # pyright: ignore
+    name = type(dense).__name__
+    warnings.warn(
+        f"{name}: expected a model that traces, got one that {reason}; compact removed nothing",
+        TraceWarning,
+        stacklevel=4,
+    )
+    parameters = dict.fromkeys(("before", "after"), _count(dense))
+    dense.compact_report = {"parameters": parameters, "layers": {}, "untraced": {"": reason}}  # pyright: ignore
     return dense
 
 

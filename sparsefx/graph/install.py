@@ -1,49 +1,288 @@
-"""Install a sparsified model's class on the model itself."""
+"""Install the generated forward on the model itself, guarded, so that it is never wrong and never stale.
 
+`model.__class__` becomes a subclass of the user's class, one for each model. Its forward runs the traced graph while
+every inlined module is as it was traced, and the user's own forward otherwise.
+"""
+
+import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
 
-from sparsefx.errors import LayerError
+from sparsefx.errors import LayerError, TraceWarning
+from sparsefx.graph.snapshot import Buffers, RandomState
+from sparsefx.graph.trace import IsLeaf, Trace, trace
 
-_STATE = "_sparsefx"
+STATE = "_sparsefx"
+Pass = Callable[[nn.Module, fx.Graph], None]
+_TOLERANCE = 1e-6
+"""Largest relative norm of the difference between the outputs of the graph and of the own forward."""
+_MOST_TRACES = 8
+"""An attribute that has changed this often makes its module a boundary, instead of a trace at every call."""
 
 
 class Program:
-    def __init__(self, extras):
+    """What a sparsified model runs, and what it keeps for sparsefx.
+
+    Attributes:
+        extras: What `install` was given to keep.
+        untraced: Name -> reason, of modules that keep their own forward ("" is the model itself).
+    """
+
+    def __init__(self, base: type[nn.Module], is_leaf: IsLeaf, passes: Sequence[Pass], extras: dict[str, Any]) -> None:
+        self.base = base
+        self.is_leaf = is_leaf
+        self.passes = tuple(passes)
         self.extras = extras
-        self.untraced = {}
+        self.untraced: dict[str, str] = {}
+        self._boundaries: dict[str, str] = {}
+        self._graphs: list[Compiled] = []
+        self._changes: dict[tuple[str, str], int] = {}
 
-    def verify(self, *args, **kwargs):
-        pass
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy traces for itself: graphs belong to one model."""
+        return {**self.__dict__, "_graphs": [], "_changes": {}}
+
+    def current(self, model: nn.Module) -> "Compiled | None":
+        """The graph that holds for the model as it is, traced now if need be; None for the own forward."""
+        for compiled in self._graphs:
+            if compiled.holds():
+                return compiled
+        if torch.compiler.is_compiling():
+            return None
+        return self._trace(model)
+
+    def _trace(self, model: nn.Module) -> "Compiled | None":
+        for compiled in self._graphs:
+            for container in compiled.containers:
+                change = container.change()
+                if change.startswith("changed its attribute"):
+                    key = (container.name, change)
+                    self._changes[key] = self._changes.get(key, 0) + 1
+                    if self._changes[key] >= _MOST_TRACES:
+                        self._boundaries.setdefault(container.name, f"{change} again and again")
+        names = {name for name, _ in model.named_modules()}
+        known = {name: why for name, why in self._boundaries.items() if name in names}
+        found = trace(model, self.base.forward, self.is_leaf, known)
+        self._boundaries = found.boundaries
+        self._tell(model, found.boundaries | found.called)
+        compiled = Compiled(model, found, self.passes)
+        self._graphs = [old for old in self._graphs[-_MOST_TRACES:] if not old.broken()] + [compiled]
+        return compiled
+
+    def _tell(self, model: nn.Module, untraced: dict[str, str]) -> None:
+        told, self.untraced = self.untraced, untraced
+        for name, reason in untraced.items():
+            if told.get(name) != reason:
+                warnings.warn(
+                    f"{name or type(model).__name__}: expected a module that traces, got one that {reason}; it keeps its "
+                    "own forward, and its layers are sparse all the same",
+                    TraceWarning,
+                    stacklevel=2,
+                )
+
+    def verify(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Check the graphs of both modes against the own forward; the model is left as it was."""
+        modes = [(module, module.training) for module in model.modules()]
+        for training in (not model.training, model.training):
+            buffers, generators = Buffers(model), RandomState()
+            try:
+                if training != model.training:
+                    model.train(training)
+                with torch.no_grad():
+                    model(*args, **kwargs)
+            finally:
+                for module, mode in modes:
+                    module.training = mode
+                buffers.restore()
+                generators.restore()
 
 
-def install(model, *, is_leaf, passes=(), mixins=(), extras):
-    for name in ("graph", "scheduler"):
-        if hasattr(model, name):
-            raise LayerError(f"{type(model).__name__}: expected no attribute {name!r}, got one; rename it")
-    program = Program(extras)
-    model.__dict__[_STATE] = program
+class Compiled:
+    """A traced graph as a function of the model, with its guards."""
+
+    def __init__(self, model: nn.Module, found: Trace, passes: Sequence[Pass]) -> None:
+        self.graph = found.graph
+        self.inputs = found.inputs
+        self.containers = found.containers
+        self.model = model
+        self.training = model.training
+        self.verified = False
+        self.rejected = found.graph is None
+        if found.graph is not None:
+            for transform in passes:
+                transform(model, found.graph)
+            self.function = _function(found.graph)
+
+    def holds(self) -> bool:
+        """Whether everything that was inlined is as it was traced."""
+        if self.rejected:
+            return self.model.training is self.training
+        for container in self.containers:  # noqa: SIM110 - torch.compile traces the loop
+            if not container.holds():
+                return False
+        return True
+
+    def broken(self) -> bool:
+        """Whether it can never hold again."""
+        return any("class" in c.change() or "children" in c.change() for c in self.containers)
+
+    def arguments(self, args: tuple, kwargs: dict) -> tuple | None:
+        """The call as positional tensors; None where it passes anything else, for which nothing was traced."""
+        if len(args) > len(self.inputs) or len(args) + len(kwargs) != len(self.inputs):
+            return None
+        found = (*args, *(kwargs.get(name) for name in self.inputs[len(args) :]))
+        return found if all(isinstance(a, Tensor) for a in found) else None
+
+
+def install(
+    model: nn.Module,
+    *,
+    is_leaf: IsLeaf,
+    extras: dict[str, Any],
+    mixins: tuple[type, ...] = (),
+    passes: Sequence[Pass] = (),
+) -> Program:
+    """Give a model its generated forward.
+
+    Args:
+        model: Stays the same object, and an instance of its class.
+        is_leaf: `(module, name) -> bool`, modules that the graph calls.
+        extras: Kept with the model, copied and pickled with it; `"scheduler"` becomes `model.scheduler`.
+        mixins: Put before the user's class.
+        passes: `(model, graph) -> None`, run over each traced graph.
+    Raises:
+        LayerError: the model has an attribute `graph` or `scheduler` of its own; nothing is changed.
+    """
+    check_names(model)
+    program = Program(type(model), is_leaf, passes, extras)
+    model.__dict__[STATE] = program
     model.__class__ = _subclass(type(model), mixins)
     return program
 
 
-def _subclass(base, mixins):
-    def reduce(self, protocol):
+def check_names(model: nn.Module) -> None:
+    """Refuse a model that uses the names which sparsefx puts on it."""
+    for name in ("graph", "scheduler"):
+        if hasattr(model, name):
+            raise LayerError(
+                f"{type(model).__name__}: expected no attribute {name!r}, got one; rename it, for "
+                f"model.{name} will be that of sparsefx"
+            )
+
+
+def program_of(model: nn.Module) -> Program | None:
+    """The program of a sparsified model."""
+    return model.__dict__.get(STATE)
+
+
+def _subclass(base: type[nn.Module], mixins: tuple[type, ...]) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        program: Program = self.__dict__[STATE]
+        compiled = program.current(self)
+        if compiled is None or compiled.rejected:
+            return base.forward(self, *args, **kwargs)
+        inputs = compiled.arguments(args, kwargs)
+        if inputs is None:
+            return base.forward(self, *args, **kwargs)
+        if compiled.verified:
+            return compiled.function(self, *inputs)
+        if torch.compiler.is_compiling() or _observed(self):
+            return base.forward(self, *args, **kwargs)
+        return _verify(program, compiled, self, inputs)
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple:
         return _rebuild, (base, mixins), self.__getstate__()
 
+    def graph(self: nn.Module) -> fx.Graph | None:
+        """The fx graph that the model runs in its present mode; None while it runs its own forward."""
+        compiled = self.__dict__[STATE].current(self)
+        return None if compiled is None or compiled.rejected else compiled.graph
+
+    def scheduler(self: nn.Module) -> Any:
+        """The scheduler bound to the model."""
+        return self.__dict__[STATE].extras["scheduler"]
+
+    forward.__signature__ = inspect.signature(base.forward)  # pyright: ignore[reportFunctionMemberAccess]
     space = {
-        "scheduler": property(lambda self: self.__dict__[_STATE].extras["scheduler"]),
-        "graph": property(lambda self: None),
+        "forward": forward,
+        "graph": property(graph),
+        "scheduler": property(scheduler),
         "__reduce_ex__": reduce,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
     }
     return type(base.__name__, (*mixins, base), space)
 
 
-def _rebuild(base, mixins):
+def _rebuild(base: type[nn.Module], mixins: tuple[type, ...]) -> nn.Module:
     model = base.__new__(base)
     model.__class__ = _subclass(base, mixins)
     return model
+
+
+def _observed(model: nn.Module) -> bool:
+    """Whether a hook would see the extra run of a verification."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model)
+
+
+def _verify(program: Program, compiled: Compiled, model: nn.Module, inputs: tuple) -> Any:
+    """Run the graph and the own forward from the same state, keep the latter's result, and compare."""
+    generators, buffers = RandomState(), Buffers(model)
+    problem = ""
+    try:
+        with torch.no_grad():
+            graphs = compiled.function(model, *(i.detach().clone() for i in inputs))
+        drawn, written = RandomState(), buffers.contents()
+    except Exception as error:
+        graphs, drawn, written, problem = None, generators, [], f"its graph fails ({type(error).__name__}: {error})"
+    generators.restore()
+    buffers.restore()
+    own = program.base.forward(model, *inputs)
+    if not problem and not (_equal(graphs, own) and _equal(written, buffers.contents()) and drawn.unchanged()):
+        problem = "has a graph whose results differ from those of its forward"
+    compiled.verified, compiled.rejected = not problem, bool(problem)
+    if problem:
+        program._tell(model, program.untraced | {"": problem})
+    return own
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two outputs are the same structure of equal tensors, to rounding."""
+    one, other = _open(one), _open(other)
+    (ones, structure), (others, expected) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    return structure == expected and all(_close(a, b) for a, b in zip(ones, others, strict=True))
+
+
+def _open(value: Any) -> Any:
+    """A plain dict for an output object that pytree does not know."""
+    return vars(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _close(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return type(one) is type(other) and (one is other or bool(one == other))
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if torch.equal(one, other):
+        return True
+    a, b = one.detach().double(), other.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, a - b).norm()
+    return bool(difference <= _TOLERANCE * torch.where(b.isfinite(), b, 0.0).norm())
+
+
+def _function(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph's Python code as a function of the model."""
+    code = graph.python_code("self")
+    space = dict(code.globals)
+    exec(compile(code.src, "<sparsefx graph>", "exec"), space)
+    return space["forward"]

@@ -10,30 +10,30 @@ from torch import Tensor
 
 from examples import mnist
 
-SETTINGS = {"model": "lenet300", "density": 0.05, "granularity": "weight", "window": "auto", "batch": 50, "quiet": True}
+SETTINGS = {"model": "lenet300", "density": 0.2, "granularity": "weight", "window": "auto", "batch": 20, "quiet": True}
 
 
 def synthetic(count: int, noise: float = 0.3) -> tuple[Tensor, Tensor]:
-    """Ten classes, each a fixed random image plus noise: learnable in one epoch."""
+    """Ten classes, each a fixed random image plus noise: learnable in two epochs."""
     prototypes = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(7))
     labels = torch.randint(10, (count,))
     return prototypes[labels] + noise * torch.randn(count, 1, 28, 28), labels
 
 
 def settings(**changes: object) -> argparse.Namespace:
-    return argparse.Namespace(**{**SETTINGS, "epochs": 1, **changes})
+    return argparse.Namespace(**{**SETTINGS, "epochs": 2, **changes})
 
 
-@pytest.mark.parametrize(("model", "density"), [("lenet300", 0.05), ("lenet300", 1.0), ("lenet5", 0.05)])
-def test_one_epoch_learns_the_synthetic_digits(model: str, density: float) -> None:
-    row = mnist.train(settings(model=model, density=density), 0, (*synthetic(2000), *synthetic(200)))
-    assert row["test_error"] < 10
+@pytest.mark.parametrize(("model", "density"), [("lenet300", 0.2), ("lenet300", 1.0), ("lenet5", 0.2)])
+def test_two_epochs_learn_the_synthetic_digits(model: str, density: float) -> None:
+    row = mnist.train(settings(model=model, density=density), 0, (*synthetic(800), *synthetic(200)))
+    assert row["test_error"] < 5
     assert row["density"] == density
 
 
 def test_same_seed_same_result() -> None:
     data = (*synthetic(500), *synthetic(100, noise=3.0))
-    first, second = (mnist.train(settings(), 3, data) for _ in range(2))
+    first, second = (mnist.train(settings(epochs=1), 3, data) for _ in range(2))
     for field in ("test_error", "valid_error", "test_error_at_best_valid"):
         assert first[field] == second[field]
 
@@ -53,8 +53,8 @@ def test_real_mnist(data_root: Path, tmp_path: Path) -> None:
     assert test[0].shape == (10_000, 1, 28, 28)
     assert abs(images.mean().item()) < 1e-3
     assert abs(images.std().item() - 1) < 1e-3
-    row = mnist.train(settings(batch=100), 0, (images[:10_000], labels[:10_000], *test))
-    assert row["test_error"] < 15
+    row = mnist.train(settings(batch=50), 0, (images[:5000], labels[:5000], test[0][:2000], test[1][:2000]))
+    assert row["test_error"] < 20
 
 
 def test_an_interrupted_series_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -366,7 +366,17 @@ def test_model_that_does_not_trace_comes_back_whole() -> None:
     assert torch.equal(same(x), model(x))
     assert same is not model
     assert same.compact_report["layers"] == {}
-    assert "reason" in same.compact_report
+    assert "" in same.compact_report["untraced"]
+
+
+def test_submodule_that_does_not_trace_stays_whole() -> None:
+    head = Untraceable()
+    small = shrink(
+        nn.Sequential(kill(nn.Linear(5, 7), outs=[0, 1]), nn.ReLU(), nn.Linear(7, 4), head), torch.randn(3, 5)
+    )
+    assert sizes(small.get_submodule("0")) == (5, 5)
+    assert sizes(small.get_submodule("3.a")) == (4, 6)
+    assert small.compact_report["untraced"].keys() == {"3"}
 
 
 class Counting(nn.Module):

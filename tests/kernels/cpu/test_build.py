@@ -1,0 +1,108 @@
+"""The cache of compiled kernels: private, verified, shared by processes, loud when it cannot work."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsefx.kernels.cpu import CompilerUnavailable, build
+
+FAKE = """#!/bin/sh
+if [ "$1" = --version ]; then echo fake 1; exit 0; fi
+while [ $# -gt 0 ]; do [ "$1" = -o ] && out=$2; shift; done
+echo built >> {log}
+echo library > "$out"
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A fresh cache folder and a compiler that only records that it ran."""
+    log, compiler = tmp_path / "log", tmp_path / "compiler"
+    compiler.write_text(FAKE.format(log=log))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("SPARSEFX_CACHE", str(tmp_path / "cache"))
+    log.touch()
+    return lambda: len(log.read_text().splitlines())
+
+
+def test_built_once_into_a_private_folder(cache):
+    path = build.library("portable")
+    runs = cache()
+    assert path.exists()
+    assert runs > 1
+    assert build.library("portable") == path
+    assert cache() == runs
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert not path.stat().st_mode & 0o077
+
+
+@pytest.mark.parametrize("spoil", ["content", "record", "mode", "link"])
+def test_unsound_entry_is_rebuilt(cache, spoil, tmp_path):
+    path = build.library("portable")
+    runs, sound = cache(), path.read_bytes()
+    if spoil == "content":
+        path.write_bytes(b"other")
+    elif spoil == "record":
+        path.with_suffix(".sha256").unlink()
+    elif spoil == "mode":
+        path.chmod(0o722)
+    else:
+        other = tmp_path / "elsewhere"
+        other.write_bytes(sound)
+        path.unlink()
+        path.symlink_to(other)
+    assert build.library("portable").read_bytes() == sound
+    assert cache() == 2 * runs
+    assert path.is_file()
+    assert not path.is_symlink()
+
+
+def test_folder_open_to_others_is_closed(cache):
+    folder = Path(os.environ["SPARSEFX_CACHE"])
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    build.library("portable")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_processes_build_once(cache):
+    code = "from sparsefx.kernels.cpu import build; print(build.library('portable'))"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    paths = {process.communicate(timeout=120)[0] for process in processes}
+    assert len(paths) == 1
+    runs = cache()
+    build.library("portable")
+    assert cache() == runs == len(list(build.SOURCES.glob("*.cpp"))) + 1
+
+
+def test_no_compiler_raises(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEFX_CACHE", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CompilerUnavailable, match="set CXX"):
+        build.library("portable")
+
+
+def test_failing_compiler_raises(cache, tmp_path):
+    Path(os.environ["CXX"]).write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho no such flag\nexit 1\n")
+    with pytest.raises(CompilerUnavailable, match="no such flag"):
+        build.library("portable")
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_unwritable_cache_raises(cache, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPARSEFX_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(CompilerUnavailable, match="SPARSEFX_CACHE"):
+        build.library("portable")
+
+
+def test_unknown_isa_raises(monkeypatch):
+    monkeypatch.setenv("SPARSEFX_ISA", "sse9")
+    with pytest.raises(ValueError, match="SPARSEFX_ISA"):
+        build.default_isa()

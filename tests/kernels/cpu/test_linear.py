@@ -1,0 +1,47 @@
+"""LinearPlan against the dense linear layer in float64."""
+
+import pytest
+import torch
+
+from sparsefx.kernels.cpu import LinearPlan
+from tests.kernels.cpu.helpers import error
+
+# rows, in, out, density
+CASES = {
+    "plain": (64, 48, 32, 0.1),
+    "one_row": (1, 100, 10, 0.2),
+    "few_rows": (3, 33, 65, 0.2),
+    "primes": (37, 101, 53, 0.1),
+    "single_weight": (20, 1, 1, 1.0),
+    "empty_mask": (17, 20, 30, 0.0),
+    "full_mask": (33, 20, 30, 1.0),
+}
+
+
+def _layer(case, dtype=torch.float32):
+    rows, inputs, outputs, density = case
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.rand(outputs, inputs, generator=generator) < density
+    w = (torch.randn(mask.shape, generator=generator) * mask).to(dtype)
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    g = torch.randn(rows, outputs, generator=generator).to(dtype)
+    return mask, w, x, torch.randn(outputs, generator=generator), g
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_passes_equal_dense(case, dtype, bound, isa):
+    mask, w, x, b, g = _layer(case, dtype)
+    p = LinearPlan(mask, isa)
+    assert error(p.fprop(x, w, b), x.double() @ w.double().T + b.double()) < bound
+    assert error(p.fprop(x, w, b, relu=True), (x.double() @ w.double().T + b.double()).relu()) < bound
+    assert error(p.dgrad(g, w), g.double() @ w.double()) < bound
+    assert error(p.wgrad(g, x), (g.double().T @ x.double()) * mask) < bound
+
+
+def test_wrong_features_raise():
+    mask, w, x, *_ = _layer(CASES["plain"])
+    with pytest.raises(ValueError, match="flatten"):
+        LinearPlan(mask).fprop(x[:, :7].contiguous(), w)
+    with pytest.raises(ValueError, match="bool"):
+        LinearPlan(w)

@@ -1,0 +1,90 @@
+"""Fused BatchNorm (+ residual) (+ ReLU) against torch in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsefx.kernels.cpu import batch_norm_backward, batch_norm_forward
+from tests.kernels.cpu.helpers import blocked, error, images_of
+
+
+def _run(x, residual, relu, training, affine=True, dtype=torch.float32):
+    n, c = x.shape[:2]
+    weight, bias = (torch.rand(c) + 0.5, torch.randn(c)) if affine else (None, None)
+    mean, var = torch.randn(c), torch.rand(c) + 0.5
+    xd = x.to(dtype).double().requires_grad_()
+    rd = residual.to(dtype).double().requires_grad_() if residual is not None else None
+    wd, bd = (t.double().requires_grad_() if t is not None else None for t in (weight, bias))
+    mean64, var64 = mean.double(), var.double()
+    want = F.batch_norm(xd, mean64, var64, wd, bd, training, 0.1)
+    want = want if rd is None else want + rd
+    want = want.relu() if relu else want
+    g = torch.randn(x.shape).to(dtype)
+    xb, rb, gb = blocked(x.to(dtype)), None if residual is None else blocked(residual.to(dtype)), blocked(g)
+    out = batch_norm_forward(xb, weight, bias, mean, var, training=training, images=n, residual=rb, relu=relu)
+    want.backward(g.double())
+    grads = batch_norm_backward(
+        gb, xb, out.y if residual is not None else None, weight, bias, out.mean, out.rstd,
+        training=training, images=n, relu=relu, residual=residual is not None,
+    )  # fmt: skip
+    return want, out, grads, (xd, rd, wd, bd), (mean, mean64), (var, var64)
+
+
+@pytest.mark.parametrize("shape", [(32, 5, 4, 4), (37, 3, 7, 5), (1, 4, 9, 9), (200, 2, 1, 1)])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_torch(shape, relu, with_residual, training):
+    torch.manual_seed(0)
+    x = torch.randn(shape) * 3 + 1
+    residual = torch.randn(shape) if with_residual else None
+    want, out, grads, (xd, rd, wd, bd), (mean, mean64), (var, var64) = _run(x, residual, relu, training)
+    n = shape[0]
+    assert error(images_of(out.y)[:n], want.detach()) < 1e-5
+    assert not images_of(out.y)[n:].any()
+    assert error(images_of(grads.dx)[:n], xd.grad) < 1e-5
+    assert not images_of(grads.dx)[n:].any()
+    assert error(grads.dweight, wd.grad) < 1e-5
+    assert error(grads.dbias, bd.grad) < 1e-5
+    assert error(mean, mean64) < 1e-6
+    assert error(var, var64) < 1e-6
+    if rd is not None:
+        assert error(images_of(grads.dresidual)[:n], rd.grad) < 1e-5
+
+
+def test_bf16_equals_torch():
+    torch.manual_seed(0)
+    want, out, grads, (xd, _, wd, _), *_ = _run(torch.randn(32, 6, 8, 8), None, False, True, dtype=torch.bfloat16)
+    assert error(images_of(out.y), want.detach()) < 1e-2
+    assert error(images_of(grads.dx), xd.grad) < 1e-2
+    assert error(grads.dweight, wd.grad) < 1e-2
+
+
+def test_large_mean_keeps_its_variance():
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 8, 8) * 0.5 + 1000
+    want, out, _, _, _, (var, var64) = _run(x, None, False, True)
+    exact = F.batch_norm(x.double(), None, None, training=True)
+    assert error(images_of(batch_norm_forward(blocked(x), None, None, None, None, training=True).y), exact) < 1e-4
+    assert error(images_of(out.y), want.detach()) < 1e-4
+    assert error(var, var64) < 1e-5
+
+
+def test_constant_channel_gives_its_bias():
+    x = torch.full((48, 2, 5, 5), 1234.567)
+    bias = torch.tensor([0.25, -3.0])
+    out = batch_norm_forward(blocked(x), torch.ones(2), bias, None, None, training=True)
+    assert torch.allclose(images_of(out.y), bias.view(1, 2, 1, 1).expand(48, 2, 5, 5), atol=1e-1, rtol=0)
+    assert torch.isfinite(out.rstd).all()
+
+
+def test_nan_stays_visible_through_relu():
+    x = torch.randn(16, 1, 2, 2)
+    x[3, 0, 1, 1] = float("nan")
+    out = batch_norm_forward(blocked(x), None, None, torch.zeros(1), torch.ones(1), training=False, relu=True)
+    assert out.y.isnan().sum() == 1
+
+
+def test_single_value_per_channel_raises_in_training():
+    with pytest.raises(ValueError, match="more than 1 value"):
+        batch_norm_forward(blocked(torch.zeros(1, 2, 1, 1)), None, None, None, None, training=True, images=1)
