@@ -47,6 +47,10 @@ def digits() -> Digits:
     return images[train], labels[train], images[test], labels[test]
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 class DigitNet(nn.Module):
     """Three 3x3 convolutions with BatchNorm and a linear layer. Input `[N, 1, 8, 8]`, output logits `[N, 10]`."""
 
@@ -91,17 +95,26 @@ class Run:
         self.model.train()
 
 
-def best_layout(width: int, x: Tensor, y: Tensor, rounds: int) -> tuple[str, dict[str, float]]:
-    """The memory format in which the dense network trains fastest, and the median step of each in milliseconds."""
-    runs = {
-        name: Run(DigitNet(width).to(memory_format=memory_format), rounds + WARMUP)
-        for name, memory_format in LAYOUTS.items()
-    }
-    for _ in range(rounds + WARMUP):
-        for run in runs.values():
-            run.step(x, y)
-    medians = {name: median(run.milliseconds[WARMUP:]) for name, run in runs.items()}
-    return min(medians, key=medians.__getitem__), medians
+def fastest_dense(width: int, x: Tensor, y: Tensor, threads: set[int], rounds: int = 8) -> tuple[str, int, dict]:
+    """In which memory format and with how many threads the dense network trains fastest.
+
+    Returns:
+        The format, the threads, and the median step of every choice in milliseconds.
+    """
+    medians = {}
+    for count in sorted(threads):
+        torch.set_num_threads(count)
+        runs = {
+            name: Run(DigitNet(width).to(memory_format=memory_format), rounds + WARMUP)
+            for name, memory_format in LAYOUTS.items()
+        }
+        for _ in range(rounds + WARMUP):
+            for run in runs.values():
+                run.step(x, y)
+        medians |= {(name, count): median(run.milliseconds[WARMUP:]) for name, run in runs.items()}
+    layout, count = min(medians, key=medians.__getitem__)
+    torch.set_num_threads(count)
+    return layout, count, {f"{name}, {plural(n, 'thread')}": ms for (name, n), ms in medians.items()}
 
 
 def train(args: argparse.Namespace, seed: int, data: Digits, layout: str, bar: tqdm) -> tuple[dict, nn.Module]:
@@ -155,10 +168,6 @@ def machine() -> str:
     return f"{name}, {plural(torch.get_num_threads(), 'thread')}, torch {torch.__version__}"
 
 
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + "s" * (count != 1)
-
-
 def table(result: dict) -> str:
     runs, settings = result["runs"], result["settings"]
 
@@ -178,11 +187,11 @@ def table(result: dict) -> str:
         ("mask update", "", f"{result['update_ms']:.2f} ms", f"one every {settings['steps_per_update']} steps"),
     ]
     lines = [f"{label:<14}{dense:>18}{sparse:>18}   {note}".rstrip() for label, dense, sparse, note in rows]
-    layouts = ", ".join(f"{name} {ms:.2f} ms" for name, ms in result["dense_layouts_ms"].items())
+    choices = "; ".join(f"{name}: {ms:.2f} ms" for name, ms in result["dense_choices_ms"].items())
     lines += [
         "",
         f"A step is forward, backward and optimizer on {settings['batch']} images, dense and sparse in turn: medians.",
-        f"Dense runs in its faster memory format ({layouts}).",
+        f"Both run as dense was fastest: {settings['memory_format']}, {plural(settings['threads'], 'thread')} ({choices}).",
         "Sparse steps include collecting the gradient of missing weights. One digit of the test set is 0.22%.",
         f"Measured on: {result['machine']}",
     ]
@@ -229,18 +238,18 @@ def picture(result: dict, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--density", type=float, default=0.05, help="fraction of weights that exist")
-    parser.add_argument("--width", type=int, default=64, help="channels of the first convolution")
+    parser.add_argument("--width", type=int, default=32, help="channels of the first convolution")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3, help="at most this many seeds")
     parser.add_argument("--minutes", type=float, default=1.5, help="start no seed that would not end by then")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, help="default: 1 or all, where dense is faster")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of demo.json and demo.png")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
     start = time.perf_counter()
     data = digits()
-    layout, layouts_ms = best_layout(args.width, data[0][: args.batch], data[1][: args.batch], rounds=10)
+    counts = {args.threads} if args.threads else {1, torch.get_num_threads()}
+    layout, threads, dense_ms = fastest_dense(args.width, data[0][: args.batch], data[1][: args.batch], counts)
 
     runs, summary = [], None
     for seed in range(args.seeds):
@@ -263,9 +272,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
             "batch": args.batch,
             "steps_per_update": steps_per_epoch,
             "memory_format": layout,
+            "threads": threads,
         },
         "machine": machine(),
-        "dense_layouts_ms": layouts_ms,
+        "dense_choices_ms": dense_ms,
         "step_ms": {
             kind: median(ms for run in runs for ms in run[f"{kind}_step_ms"][WARMUP:]) for kind in ("dense", "sparse")
         },

@@ -8,7 +8,7 @@ from sparsefx.algorithms import SparseMomentum
 from sparsefx.checkpoint import Checked
 from sparsefx.config import Granularity, check_density
 from sparsefx.errors import LayerError
-from sparsefx.graph.install import install
+from sparsefx.graph.install import check_names, install
 from sparsefx.graph.rewrite import Distribution, rewrite_
 from sparsefx.graph.select import KeepDense, select
 from sparsefx.layers import SparseLayer, sparse_layers
@@ -59,6 +59,7 @@ def sparsify(
     units = Granularity.parse(granularity)
     if any(isinstance(module, SparseLayer) for module in model.modules()):
         raise LayerError("model: expected a dense model, got one with sparse layers; sparsify a fresh one")
+    check_names(model)
     selection = select(model, keep_dense)
     if not selection.sparse:
         reasons = "; ".join(f"{name}: {why}" for name, why in selection.dense.items()) or "it has none"

@@ -97,16 +97,14 @@ def layer_units(model: nn.Module, granularity: Any) -> dict[str, Tensor]:
 
 def assert_whole_units(model: nn.Module, granularity: Any, density: float) -> None:
     """Masks consist of whole units, one a layer at least, and no missing unit would still fit under the target."""
-    units = layer_units(model, granularity)
     smallest_missing = math.inf
-    for name, mask in sparsefx.masks(model).items():
-        ids = units[name]
+    for name, ids in layer_units(model, granularity).items():
+        mask = sparsefx.masks(model)[name]
         assert mask.any(), name
-        for unit in ids.unique():
-            members = mask[ids == unit]
-            assert members.all() or not members.any(), f"{name}: unit {unit} is broken"
-            if not members.any():
-                smallest_missing = min(smallest_missing, members.numel())
+        _, unit, size = ids.flatten().unique(return_inverse=True, return_counts=True)
+        held = torch.zeros_like(size).index_add_(0, unit, mask.flatten().to(size.dtype))
+        assert bool(((held == 0) | (held == size)).all()), f"{name}: a unit is broken"
+        smallest_missing = min([smallest_missing, *size[held == 0].tolist()])
     existing, total = counts(model)
     target = round(density * total)
     assert existing <= target

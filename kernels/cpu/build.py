@@ -15,7 +15,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "src"
 ISAS = ("avx512", "avx2", "portable")
-_COMMON = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fvisibility=default", "-Wall", "-Wextra"]
+_COMMON = ["-std=c++17", "-O2", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fvisibility=default", "-Wall", "-Wextra"]
 _FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
     "avx2": ["-mavx2", "-mfma"],
@@ -167,7 +167,12 @@ def _run(commands: list[list[str]]) -> None:
             subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             for c in commands[start : start + width]
         ]
-        outputs = [process.communicate()[0] for process in running]
+        try:
+            outputs = [process.communicate()[0] for process in running]
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
         for process, output in zip(running, outputs, strict=True):
             if process.returncode:
                 raise CompilerUnavailable(f"CPU kernels: {process.args[0]} failed: {output[-2000:]}")

@@ -59,10 +59,10 @@ def batch_norm(op: Op) -> Effect | None:
         return None
     if norm.running_var is None:
         return op.same(x, const=torch.full_like(x.const, NAN))
-    mean, var = norm.running_mean.double().cpu(), norm.running_var.double().cpu()
+    mean, var = norm.running_mean.cpu().double(), norm.running_var.cpu().double()
     scale, shift = torch.ones_like(mean), torch.zeros_like(mean)
     if norm.affine:
-        scale, shift = norm.weight.detach().double().cpu(), norm.bias.detach().double().cpu()
+        scale, shift = norm.weight.detach().cpu().double(), norm.bias.detach().cpu().double()
     const = (x.const - mean) * (var + norm.eps).rsqrt() * scale + shift
     return op.same(x, const=torch.where(scale == 0, shift, const))
 
@@ -70,7 +70,7 @@ def batch_norm(op: Op) -> Effect | None:
 @rule(nn.PReLU)
 def prelu(op: Op) -> Effect | None:
     """One slope for all channels, or one for each."""
-    x, slope = op.channels(op.source), op.target.weight.detach().double().cpu()
+    x, slope = op.channels(op.source), op.target.weight.detach().cpu().double()
     if x is None or (len(slope) > 1 and not (x.batched and len(slope) == len(x) and not x.flat)):
         return None
     return op.same(x, const=torch.where(x.const < 0, slope * x.const, x.const))
@@ -81,11 +81,10 @@ def prelu(op: Op) -> Effect | None:
     *(nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Threshold),
     *(F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.silu, F.mish, F.gelu, F.hardswish, F.hardsigmoid),
     *(F.hardtanh, F.sigmoid, F.logsigmoid, F.tanh, F.softplus, F.softsign, F.threshold),
-    *(torch.relu, torch.sigmoid, torch.tanh, torch.clamp, torch.neg, torch.abs, torch.exp, torch.sqrt, torch.rsqrt),
-    *(torch.add, torch.sub, torch.div, torch.pow, torch.square),
-    *(operator.add, operator.sub, operator.truediv, operator.neg, operator.pow),
-    *(".relu", ".sigmoid", ".tanh", ".clamp", ".neg", ".abs", ".exp", ".sqrt", ".rsqrt", ".add", ".sub", ".div"),
-    *(".pow", ".square", F.relu_, torch.relu_, ".relu_", ".sigmoid_", ".tanh_", ".clamp_", ".add_", ".sub_", ".div_"),
+    *(torch.relu, torch.sigmoid, torch.tanh, torch.clamp, torch.neg, torch.abs, torch.square, torch.add, torch.sub),
+    *(operator.add, operator.sub, operator.neg, F.relu_, torch.relu_),
+    *(".relu", ".sigmoid", ".tanh", ".clamp", ".neg", ".abs", ".square", ".add", ".sub"),
+    *(".relu_", ".sigmoid_", ".tanh_", ".clamp_", ".add_", ".sub_"),
 )
 def elementwise(op: Op) -> Effect | None:
     """Each channel of the result is a function of the same channel of every operand; the operands exist together."""
@@ -101,6 +100,23 @@ def multiply(op: Op) -> Effect | None:
         return torch.where(zero, 0, const)
 
     return _elementwise(op, annihilate)
+
+
+@rule(torch.div, operator.truediv, ".div", ".div_")
+def divide(op: Op) -> Effect | None:
+    """As `elementwise`, by numbers and constants."""
+    divisor = op.arg(1, "other")
+    return None if isinstance(divisor, fx.Node) and not _is_constant(op, divisor) else elementwise(op)
+
+
+@rule(torch.sqrt, torch.rsqrt, torch.exp, ".sqrt", ".rsqrt", ".exp")
+def calculate(op: Op) -> Effect | None:
+    """As `elementwise`, of constants; a channel that nobody needs may hold anything, and must not become infinite."""
+    return elementwise(op) if _is_constant(op, op.source) else None
+
+
+def _is_constant(op: Op, node: fx.Node) -> bool:
+    return node in op.known and bool(op.known[node].const.isfinite().all())
 
 
 def _elementwise(op: Op, finish: Callable[[Tensor, list[Tensor]], Tensor]) -> Effect | None:

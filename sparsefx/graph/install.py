@@ -15,8 +15,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from sparsefx.errors import LayerError, TraceWarning
-from sparsefx.graph.snapshot import Buffers, RandomState
-from sparsefx.graph.trace import IsLeaf, Trace, trace
+from sparsefx.graph.snapshot import RandomState, State
+from sparsefx.graph.trace import IsLeaf, Trace, trace, why_called
 
 STATE = "_sparsefx"
 Pass = Callable[[nn.Module, fx.Graph], None]
@@ -31,7 +31,6 @@ class Program:
 
     Attributes:
         extras: What `install` was given to keep.
-        untraced: Name -> reason, of modules that keep their own forward ("" is the model itself).
     """
 
     def __init__(self, base: type[nn.Module], is_leaf: IsLeaf, passes: Sequence[Pass], extras: dict[str, Any]) -> None:
@@ -39,25 +38,35 @@ class Program:
         self.is_leaf = is_leaf
         self.passes = tuple(passes)
         self.extras = extras
-        self.untraced: dict[str, str] = {}
         self._boundaries: dict[str, str] = {}
+        self._active: Compiled | None = None
         self._graphs: list[Compiled] = []
         self._changes: dict[tuple[str, str], int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy traces for itself: graphs belong to one model."""
-        return {**self.__dict__, "_graphs": [], "_changes": {}}
+        return {**self.__dict__, "_graphs": [], "_changes": {}, "_active": None}
+
+    @property
+    def untraced(self) -> dict[str, str]:
+        """Name -> reason, of modules that keep their own forward ("" is the model itself)."""
+        active = self._active
+        return self._boundaries | (active.called if active is not None else {})
 
     def current(self, model: nn.Module) -> "Compiled | None":
         """The graph that holds for the model as it is, traced now if need be; None for the own forward."""
         for compiled in self._graphs:
             if compiled.holds():
+                if not torch.compiler.is_compiling():
+                    self._active = compiled
                 return compiled
         if torch.compiler.is_compiling():
             return None
-        return self._trace(model)
+        self._active = self._trace(model)
+        return self._active
 
-    def _trace(self, model: nn.Module) -> "Compiled | None":
+    def _trace(self, model: nn.Module) -> "Compiled":
+        told = self.untraced
         for compiled in self._graphs:
             for container in compiled.containers:
                 change = container.change()
@@ -70,27 +79,16 @@ class Program:
         known = {name: why for name, why in self._boundaries.items() if name in names}
         found = trace(model, self.base.forward, self.is_leaf, known)
         self._boundaries = found.boundaries
-        self._tell(model, found.boundaries | found.called)
+        _tell(model, told, found.boundaries | found.called)
         compiled = Compiled(model, found, self.passes)
         self._graphs = [old for old in self._graphs[-_MOST_TRACES:] if not old.broken()] + [compiled]
         return compiled
-
-    def _tell(self, model: nn.Module, untraced: dict[str, str]) -> None:
-        told, self.untraced = self.untraced, untraced
-        for name, reason in untraced.items():
-            if told.get(name) != reason:
-                warnings.warn(
-                    f"{name or type(model).__name__}: expected a module that traces, got one that {reason}; it keeps its "
-                    "own forward, and its layers are sparse all the same",
-                    TraceWarning,
-                    stacklevel=2,
-                )
 
     def verify(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Check the graphs of both modes against the own forward; the model is left as it was."""
         modes = [(module, module.training) for module in model.modules()]
         for training in (not model.training, model.training):
-            buffers, generators = Buffers(model), RandomState()
+            before, generators = State(model), RandomState()
             try:
                 if training != model.training:
                     model.train(training)
@@ -99,7 +97,7 @@ class Program:
             finally:
                 for module, mode in modes:
                     module.training = mode
-                buffers.restore()
+                before.restore()
                 generators.restore()
 
 
@@ -108,6 +106,8 @@ class Compiled:
 
     def __init__(self, model: nn.Module, found: Trace, passes: Sequence[Pass]) -> None:
         self.graph = found.graph
+        self.called = found.called
+        self.hooked = [model.get_submodule(name) for name in found.called]
         self.inputs = found.inputs
         self.containers = found.containers
         self.model = model
@@ -126,7 +126,7 @@ class Compiled:
         for container in self.containers:  # noqa: SIM110 - torch.compile traces the loop
             if not container.holds():
                 return False
-        return True
+        return all(why_called(module) for module in self.hooked)
 
     def broken(self) -> bool:
         """Whether it can never hold again."""
@@ -236,22 +236,23 @@ def _observed(model: nn.Module) -> bool:
 
 def _verify(program: Program, compiled: Compiled, model: nn.Module, inputs: tuple) -> Any:
     """Run the graph and the own forward from the same state, keep the latter's result, and compare."""
-    generators, buffers = RandomState(), Buffers(model)
+    generators, before = RandomState(), State(model)
     problem = ""
     try:
         with torch.no_grad():
             graphs = compiled.function(model, *(i.detach().clone() for i in inputs))
-        drawn, written = RandomState(), buffers.contents()
+        drawn, written = RandomState(), before.buffers()
     except Exception as error:
         graphs, drawn, written, problem = None, generators, [], f"its graph fails ({type(error).__name__}: {error})"
     generators.restore()
-    buffers.restore()
+    before.restore()
     own = program.base.forward(model, *inputs)
-    if not problem and not (_equal(graphs, own) and _equal(written, buffers.contents()) and drawn.unchanged()):
+    if not problem and not (_equal(graphs, own) and _equal(written, before.buffers()) and drawn.unchanged()):
         problem = "has a graph whose results differ from those of its forward"
     compiled.verified, compiled.rejected = not problem, bool(problem)
     if problem:
-        program._tell(model, program.untraced | {"": problem})
+        _tell(model, {}, {"": problem})
+        compiled.called = compiled.called | {"": problem}
     return own
 
 
@@ -278,6 +279,18 @@ def _close(one: Any, other: Any) -> bool:
     same = (a == b) | (a.isnan() & b.isnan())
     difference = torch.where(same, 0.0, a - b).norm()
     return bool(difference <= _TOLERANCE * torch.where(b.isfinite(), b, 0.0).norm())
+
+
+def _tell(model: nn.Module, told: dict[str, str], untraced: dict[str, str]) -> None:
+    """Warn of each module that has not been told of yet."""
+    for name, reason in untraced.items():
+        if told.get(name) != reason:
+            warnings.warn(
+                f"{name or type(model).__name__}: expected a module that traces, got one that {reason}; it keeps its "
+                "own forward, and its layers are sparse all the same",
+                TraceWarning,
+                stacklevel=3,
+            )
 
 
 def _function(graph: fx.Graph) -> Callable[..., Any]:

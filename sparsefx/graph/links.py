@@ -48,7 +48,7 @@ class Links:
         """Float64 `[O]`, zero where the layer has none."""
         if self._bias is None:
             return torch.zeros(self.outs, dtype=torch.float64)
-        return self._bias.double().cpu()
+        return self._bias.cpu().double()
 
     def amount(self, const: Tensor) -> Tensor:
         """Return what constant input channels, `[I]`, add to each output channel, `[O]` float64, away from borders."""
@@ -63,7 +63,7 @@ class Links:
         """The weights of some input channels of every group, summed over taps: `[G, O/G, len(index)]`, float64."""
         weight, index = self._weight, index.to(self._weight.device)
         grouped = weight.unflatten(0, (self.groups, -1))
-        weight = (grouped[:, index] if self.transposed else grouped[:, :, index]).flatten(0, 1).double()
+        weight = (grouped[:, index] if self.transposed else grouped[:, :, index]).flatten(0, 1).cpu().double()
         return self._matrix(weight.flatten(2).sum(2) if weight.dim() > 2 else weight)
 
     def _matrix(self, weight: Tensor) -> Tensor:

@@ -166,4 +166,4 @@ def parameter(op: Op) -> Effect | None:
     slots = op.slots.new(op.target.numel())
     if axis == NO_AXIS:
         op.slots.pin(slots)
-    return Effect(Channels(slots, op.target.detach().double().cpu().flatten(), axis, op.target.dim()))
+    return Effect(Channels(slots, op.target.detach().cpu().double().flatten(), axis, op.target.dim()))

@@ -55,9 +55,9 @@ def _merge(weight: Tensor, dim: int, const: Tensor, keep: Tensor) -> Tensor:
     main = int(stays.argmax())
     gone = (~keep & const.ne(0)).nonzero().flatten()
     shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-    factors = (const[gone] / const[main]).view(shape).to(weight.device)
-    merged = weight.to(torch.float64, copy=True)
-    merged.select(dim, main).add_((merged.index_select(dim, gone.to(weight.device)) * factors).sum(dim))
+    merged = weight.to("cpu", torch.float64, copy=True)
+    factors = (const[gone] / const[main]).view(shape)
+    merged.select(dim, main).add_((merged.index_select(dim, gone) * factors).sum(dim))
     return merged
 
 

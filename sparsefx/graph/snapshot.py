@@ -39,17 +39,21 @@ class RandomState:
         np.random.set_state(self.numpy)
 
 
-class Attributes:
-    """The plain attributes and tensors of every module of a model."""
+class State:
+    """What a forward could write: the plain attributes, buffers and parameters of every module."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.named_modules())
         self.plain = [{k: (v, _contents(v)) for k, v in _plain(module)} for _, module in self.modules]
-        self.tensors = [(name, t, t._version, t.detach().clone()) for name, t in _mutable(model)]
+        self.saved = [(name, b, b._version, b.detach().clone()) for name, b in _mutable(model)]
         self.versions = [(name, p, _version(p)) for name, p in model.named_parameters()]
 
+    def buffers(self) -> list[Tensor]:
+        """Copies of the buffers as they are now."""
+        return [buffer.detach().clone() for _, buffer, _, _ in self.saved]
+
     def restore(self) -> list[tuple[str, str]]:
-        """Undo every change; module name and description of each."""
+        """Undo every write but to parameters; the module's name and what it did, for each."""
         changed = []
         for (name, module), before in zip(self.modules, self.plain, strict=True):
             now = dict(_plain(module))
@@ -57,41 +61,19 @@ class Attributes:
                 value, contents = before.get(key, (None, None))
                 if key in now and key in before and now[key] is value and _same(_contents(value), contents):
                     continue
-                changed.append((name, f"writes its attribute {key!r} in forward"))
+                changed.append((name, f"writes its attribute {key!r}"))
                 module.__dict__.pop(key, None)
                 if key in before:
                     module.__dict__[key] = _refill(value, contents)
-        for name, tensor, version, saved in self.tensors:
-            if tensor._version != version:
-                changed.append((name.rpartition(".")[0], f"writes its buffer {name.rpartition('.')[2]!r} in forward"))
+        for name, buffer, version, saved in self.saved:
+            if buffer._version != version or not torch.equal(buffer, saved):  # BatchNorm moves no version
+                changed.append((name.rpartition(".")[0], f"writes its buffer {name!r}"))
                 with torch.no_grad():
-                    tensor.copy_(saved)
+                    buffer.copy_(saved)
         for name, parameter, version in self.versions:
             if _version(parameter) != version:
-                changed.append(
-                    (name.rpartition(".")[0], f"writes its parameter {name.rpartition('.')[2]!r} in forward")
-                )
+                changed.append((name.rpartition(".")[0], f"writes its parameter {name!r}"))
         return changed
-
-
-class Buffers:
-    """The contents of a model's buffers, masks apart."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.saved = [(b, b.detach().clone()) for _, b in _mutable(model)]
-
-    def restore(self) -> list[Tensor]:
-        """Put the contents back, and return what they were."""
-        found = []
-        with torch.no_grad():
-            for buffer, saved in self.saved:
-                found.append(buffer.detach().clone())
-                buffer.copy_(saved)
-        return found
-
-    def contents(self) -> list[Tensor]:
-        """The present contents."""
-        return [buffer.detach().clone() for buffer, _ in self.saved]
 
 
 def _mutable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

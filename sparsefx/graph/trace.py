@@ -4,6 +4,7 @@ import enum
 import inspect
 import threading
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +14,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import checkpoint
 
-from sparsefx.graph.snapshot import Attributes, RandomState
+from sparsefx.graph.snapshot import RandomState, State
 
 IsLeaf = Callable[[nn.Module, str], bool]
 _MODULE = frozenset(dir(nn.Module())) | frozenset(nn.Module().__dict__)
 _SCALARS = (int, float, complex, bool, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.layout)
 _FIXED = (torch.memory_format, types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, types.ModuleType)
+_CALLED_FOR = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "forward",
+    "_compiled_call_impl",
+)
+"""Entries of a module's `__dict__` that make it one to call, not to inline."""
 
 
 class Rejection(Exception):
@@ -45,8 +55,8 @@ class Container:
             module.__class__ is self.kind
             and state["training"] is self.training
             and state["_modules"] == self.children
-            and (not self.inlined or not self.name or not why_called(module))
-            and all(_read(module, name) == value for name, value in self.attributes)
+            and (not self.inlined or not any(state.get(name) for name in _CALLED_FOR))
+            and (not self.attributes or all(_read(module, name) == value for name, value in self.attributes))
         )
 
     def change(self) -> str:
@@ -58,7 +68,7 @@ class Container:
             return "changed between train and eval"
         if module._modules != self.children:
             return "has other children"
-        if self.inlined and self.name and (called := why_called(module)):
+        if self.inlined and (called := why_called(module)):
             return called
         return next((f"changed its attribute {n!r}" for n, value in self.attributes if _read(module, n) != value), "")
 
@@ -96,7 +106,7 @@ def trace(model: nn.Module, forward: Callable, is_leaf: IsLeaf, boundaries: dict
     found = dict(boundaries or {})
     while "" not in found:
         tracer = Tracer(model, forward, is_leaf, frozenset(found))
-        before, generators = Attributes(model), RandomState()
+        before, generators = State(model), RandomState()
         graph, culprit, reason = None, "", ""
         try:
             with tracer.watching():
@@ -163,6 +173,8 @@ class Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and id(a) not in self.known:
             raise Rejection("computes a tensor without an input, which the graph would freeze")
+        if type(a) is OrderedDict:  # fx would make it a dict
+            return self.create_arg(self.create_proxy("call_function", OrderedDict, (list(a.items()),), {}))
         return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -203,7 +215,7 @@ class Tracer(fx.Tracer):
                 module.training,
                 dict(module._modules),
                 tuple(self.reads.get(key, {}).items()),
-                name in self.inlined,
+                name != "" and name in self.inlined,
             )
             for key, (name, module) in modules.items()
         )
@@ -225,7 +237,9 @@ class Tracer(fx.Tracer):
         def refuse(*_: Any, **__: Any) -> Any:
             raise Rejection("checkpoints its activations")
 
-        patched = (checkpoint.CheckpointFunction, "apply"), (checkpoint, "_checkpoint_without_reentrant_generator")
+        # Which of these torch.utils.checkpoint.checkpoint goes through depends on the version of torch.
+        inner = [n for n in ("_checkpoint_impl", "_checkpoint_without_reentrant_generator") if n in vars(checkpoint)]
+        patched = [(checkpoint.CheckpointFunction, "apply"), *((checkpoint, name) for name in inner)]
         saved = [vars(owner).get(name) for owner, name in patched]
         nn.Module.__getattribute__ = read
         for owner, name in patched:
@@ -243,15 +257,9 @@ class Tracer(fx.Tracer):
 
 def why_called(module: nn.Module) -> str:
     """Why a module must be called rather than inlined, as it is now; empty if it may be inlined."""
-    state = module.__dict__
-    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-        return "has forward hooks"
-    if state["_backward_hooks"] or state["_backward_pre_hooks"]:
-        return "has backward hooks"
-    if "forward" in state:
-        return "has a forward of its own instance"
-    if module._compiled_call_impl is not None:
-        return "is compiled"
+    found = next((name for name in _CALLED_FOR if module.__dict__.get(name)), None)
+    if found is not None:
+        return f"has {found.strip('_').replace('_', ' ')} of its own"
     if type(module).__module__.startswith("torch.distributed"):
         return f"is a {type(module).__name__}"
     return ""

@@ -12,9 +12,9 @@ from sparsefx.graph import channel_rules
 from sparsefx.graph.channels import RULES
 from tests.graph.nets import Net, batch_norm, check_claims, image, kill
 
-RULES_OF_ONE_OPERAND = (channel_rules.elementwise, channel_rules.multiply, channel_rules.identity)
+RULES_OF_ONE_OPERAND = tuple(getattr(channel_rules, name) for name in ("elementwise", "multiply", "divide", "identity"))
 ELEMENTWISE = [key for key, rule in RULES.items() if rule in RULES_OF_ONE_OPERAND]
-BINARY = ("add", "sub", "mul", "multiply", "div", "truediv", "pow", "add_", "sub_", "mul_", "div_")
+BINARY = ("add", "sub", "mul", "multiply", "div", "truediv", "add_", "sub_", "mul_", "div_")
 ARGUMENTS: dict[str, tuple] = {
     "Threshold": (0.1, 20.0),
     "_threshold": (0.1, 20.0),
@@ -82,6 +82,7 @@ SPATIAL: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "broadcast": lambda net, x: x * net.one(x),
     "scalar": lambda net, x: 2 - x / 3,
     "vector": lambda net, x: x + net.norm.weight.view(1, -1, 1, 1) * net.one.bias,
+    "calculated": lambda net, x: x / (net.norm.running_var.reshape(1, -1, 1, 1) + 1).sqrt(),
     "concatenated": lambda net, x: torch.cat([x, net.norm(x), x], -3),
 }
 
@@ -116,6 +117,8 @@ BARRIERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "indices": lambda net, x: F.max_pool2d(x, 2, return_indices=True)[0],
     "opaque_operand": lambda net, x: x + x.softmax(1),
     "batch_axis": lambda net, x: torch.cat([x, x], 0),
+    "division_by_channels": lambda net, x: 1 / x,
+    "root": lambda net, x: (x * x).sqrt(),
     "moved": lambda net, x: x + x.transpose(1, 2),
     "linear_over_space": lambda net, x: net.linear(x),
 }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+import sparsefx
 from sparsefx.errors import TraceWarning
 from sparsefx.graph.compact import compact
 from tests.graph.nets import Net, RandomNet, batch_norm, difference, image, kill
@@ -310,6 +311,15 @@ def test_layer_scale_is_sliced() -> None:
     assert isinstance(small.scale, nn.Parameter)
 
 
+def test_frozen_batch_norm_is_sliced() -> None:
+    norm = torchvision.ops.FrozenBatchNorm2d(8)
+    for buffer in norm.buffers():
+        buffer.uniform_(0.5, 2)
+    a = kill(nn.Conv2d(3, 8, 1), outs=[1, 2])
+    small = shrink(nn.Sequential(a, norm, nn.ReLU(), nn.Conv2d(8, 4, 1)), image())
+    assert {name: buffer.shape for name, buffer in small.named_buffers()}["1.running_var"] == (6,)
+
+
 def test_unstructured_zeros_remove_nothing() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), batch_norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
     with torch.no_grad():
@@ -475,3 +485,31 @@ def test_torchvision_models_are_equal_and_smaller(name: str) -> None:
         assert difference(small(x), model(x)) < 1e-9
     counts = small.compact_report["parameters"]
     assert counts["after"] < 0.75 * counts["before"]
+
+
+@pytest.mark.parametrize("granularity", ["channel", ("channel", "in"), "weight"])
+def test_sparsified_model(granularity: str | tuple) -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), batch_norm(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), batch_norm(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)),
+    )
+    model = sparsefx.sparsify(model.double(), density=0.4, granularity=granularity).eval()
+    x = image(size=8).double()
+    masks = {name: mask.clone() for name, mask in sparsefx.masks(model).items()}
+    small = compact(model, x)
+    with torch.no_grad():
+        assert difference(small(x), model(x)) < 1e-9
+    assert {type(module).__module__.split(".")[0] for module in small.children()} == {"torch"}
+    assert {key for key in small.state_dict() if "mask" in key} == set()
+    removed = small.compact_report["layers"]
+    assert (len(removed) == 0) == (granularity == "weight")
+    assert all(torch.equal(masks[name], mask) for name, mask in sparsefx.masks(model).items())
+    assert model.scheduler is not None
+
+
+def test_sparsified_single_layer_comes_back_dense() -> None:
+    layer, x = sparsefx.sparsify(nn.Linear(8, 4), density=0.5, granularity="channel"), torch.randn(2, 8)
+    with pytest.warns(TraceWarning, match="Linear"):
+        small, expected = compact(layer), layer(x)
+    assert type(small) is nn.Linear
+    torch.testing.assert_close(small(x), expected)
