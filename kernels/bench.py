@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from sparsefx.kernels.cpu import ConvPlan, LinearPlan, to_blocked
 from sparsefx.kernels.cpu.abi import load
 from sparsefx.kernels.cpu.layout import from_blocked
-from torch import Tensor
 
 PASSES = ("fprop", "dgrad", "wgrad")
 
@@ -129,26 +130,27 @@ def _bench(layer: Layer, mask: Tensor | None, rounds: int, peak: float) -> list[
         best = min(dense[kind], key=lambda name: medians[name])
         ours, theirs = medians["sparse"], medians[best]
         flops = 2 * macs / 1e6
+        useful, lists = flops * plan.density, plan.tiling(kind, *where)[1]
         results.append(
             PassResult(
-                layer.name,
-                kind,
-                plan.density,
-                _live_columns(plan.mask),
-                theirs,
-                _spread(times[best]),
-                best,
-                ours,
-                _spread(times["sparse"]),
-                theirs / ours,
-                flops * plan.density / ours,
-                flops / ours,
-                flops / theirs,
-                flops * plan.density / ours / peak,
-                plan.tiling(kind, *where)[1],
-                error,
-                {name: medians[name] for name in dense[kind]},
-            )  # fmt: skip
+                layer=layer.name,
+                kind=kind,
+                density=plan.density,
+                live_columns=live_columns,
+                dense_ms=theirs,
+                dense_spread=_spread(times[best]),
+                dense_kind=best,
+                sparse_ms=ours,
+                sparse_spread=_spread(times["sparse"]),
+                ratio=theirs / ours,
+                useful_gflops=useful / ours,
+                dense_equivalent_gflops=flops / ours,
+                dense_gflops=flops / theirs,
+                share_of_peak=useful / ours / peak,
+                list_ms=lists,
+                error=error,
+                dense_all_ms={name: medians[name] for name in dense[kind]},
+            )
         )
     return results
 

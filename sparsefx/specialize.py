@@ -1,5 +1,6 @@
 """From masks to executable plans: candidates, measurement, choice, and re-planning as masks change (contracts 7, 9)."""
 
+import math
 import platform
 import statistics
 import time
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from sparsefx.errors import BackendWarning
 from sparsefx.kernels.compaction import Compaction
+from sparsefx.kernels.cpu.build import CompilerUnavailable
 from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.runtime import Backend, Runtime
+from sparsefx.kernels.sparse_cpu import SparseCpu
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
 from sparsefx.layers import SparseLayer, owners
 
@@ -22,7 +25,14 @@ _WORTH_TRYING = 0.9
 """Compaction is a candidate below this share of live weights in the matrix; above it only adds copies."""
 _MARGIN = 0.97
 """Another backend must take at most this share of the dense time, so that noise does not decide."""
+_SPARSE_ENOUGH = 0.5
+"""Sparse kernels are a candidate up to this density; above it dense ones always win."""
 _REPEATS = 5
+BACKENDS: dict[str, Callable[[Tensor, ConvSpec | None], Backend]] = {
+    "dense": lambda mask, spec: DENSE,
+    "compaction": Compaction,
+    "sparse": SparseCpu,
+}
 
 Key = tuple
 
@@ -32,7 +42,7 @@ class Plan:
 
     Attributes:
         mask: A copy of the mask that the plan was built for.
-        candidates: Backends by name; dense is always one.
+        backends: Those built so far, by name and geometry; "dense" needs none.
         choices: Name of the backend by call: pass, shape, type and memory format.
         nnz: Number of weights that exist.
         live_in, live_out: Numbers of channels that have a weight; `empty_in`, `empty_out`: of those that have none.
@@ -48,7 +58,7 @@ class Plan:
         self.empty_out, self.empty_in = matrix.shape[0] - self.live_out, matrix.shape[1] - self.live_in
         share = self.live_out * self.live_in / max(1, matrix.shape[0] * matrix.shape[1])
         self.compacts = groups == 1 and share <= _WORTH_TRYING
-        self.candidates: dict[str, Backend] = {"dense": DENSE}
+        self.backends: dict[tuple, Backend] = {}
         self.choices: dict[Key, str] = {}
 
     def stale(self, mask: Tensor) -> bool:
@@ -68,17 +78,19 @@ class Specializer:
         table: Measured choices by layer geometry, call and live channels; saved and replayed (contract 9).
         rebuilds: How often each layer's plan was built.
         seconds: Time spent building plans and measuring.
+        missing: Why the CPU kernels cannot be built; empty if they can.
     """
 
     def __init__(self) -> None:
         self.table: dict[str, str] = {}
         self.rebuilds: dict[str, int] = {}
         self.seconds = 0.0
+        self.missing = ""
         self._plans: dict[int, Plan] = {}
         self._calls: dict[int, dict[Key, ConvSpec | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"table": dict(self.table), "rebuilds": {}, "seconds": 0.0, "_plans": {}, "_calls": {}}
+        return {**self.__dict__, "table": dict(self.table), "rebuilds": {}, "seconds": 0.0, "_plans": {}, "_calls": {}}
 
     def adopt(self, layer: SparseLayer) -> None:
         """Choose the layer's backends from now on."""
@@ -142,7 +154,7 @@ class Specializer:
             start = time.perf_counter()
             name = plan.choices[key] = self._choose(plan, key, spec, weight, (x, grad))
             self.seconds += time.perf_counter() - start
-        return self._candidate(plan, name, spec)
+        return self._backend(plan, name, spec)
 
     def _plan(self, runtime: Runtime, mask: Tensor, layer: SparseLayer | None, spec: ConvSpec | None = None) -> Plan:
         plan = self._plans.get(runtime.handle)
@@ -154,27 +166,58 @@ class Specializer:
             self.seconds += time.perf_counter() - start
         return plan
 
-    def _candidate(self, plan: Plan, name: str, spec: ConvSpec | None) -> Backend:
-        if name not in plan.candidates:
-            plan.candidates[name] = Compaction(plan.mask, spec)
-        return plan.candidates[name]
+    def _backend(self, plan: Plan, name: str, spec: ConvSpec | None) -> Backend:
+        key = (name, spec.key if spec else None)
+        if key not in plan.backends:
+            plan.backends[key] = BACKENDS[name](plan.mask, spec)
+        return plan.backends[key]
+
+    def _candidates(self, plan: Plan, spec: ConvSpec | None, x: Tensor) -> list[str]:
+        """Names of the backends that may run a call, dense first."""
+        names = ["dense"]
+        if plan.compacts:
+            names.append("compaction")
+        sparse = plan.nnz <= _SPARSE_ENOUGH * plan.mask.numel() and SparseCpu.supports(spec, x, plan.mask)
+        if sparse and not self.missing:
+            try:
+                self._backend(plan, "sparse", spec)
+                names.append("sparse")
+            except CompilerUnavailable as error:
+                self.missing = str(error)
+                warnings.warn(
+                    f"CPU kernels: expected a C++ compiler, got none that works ({error}); sparse layers run dense or "
+                    "compacted instead. Install g++ and start again",
+                    BackendWarning,
+                    stacklevel=2,
+                )
+        return names
 
     def _choose(
         self, plan: Plan, key: Key, spec: ConvSpec | None, weight: Tensor, call: tuple[Tensor, Tensor | None] | None
     ) -> str:
-        """Name of the fastest candidate, from the table or by measuring it."""
-        if not plan.compacts:
-            return "dense"
-        live = (_bucket(plan.live_in, plan.mask.shape), _bucket(plan.live_out, plan.mask.shape))
-        entry = repr((tuple(plan.mask.shape), spec.key if spec else None, key, live, torch.get_num_threads()))
-        if entry not in self.table:
-            x, grad = call if call is not None else _sample(key, weight)
-            self.table[entry] = self._fastest(plan, key[0], spec, x, grad, weight.detach())
-        return self.table[entry]
+        """Name of the fastest candidate, from the table or by measuring them."""
+        geometry = (tuple(plan.mask.shape), spec.key if spec else None)
+        entry = repr((*geometry, key, *_buckets(plan), torch.get_num_threads()))
+        known = self.table.get(entry)
+        if known is not None and known in BACKENDS and not (known == "sparse" and self.missing):
+            return known
+        x, grad = call if call is not None else _sample(key, weight)
+        names = self._candidates(plan, spec, x)
+        if len(names) > 1:
+            self.table[entry] = self._fastest(names, plan, key[0], spec, x, grad, weight.detach())
+            return self.table[entry]
+        return "dense"
 
     @torch.no_grad()
     def _fastest(
-        self, plan: Plan, kind: str, spec: ConvSpec | None, x: Tensor, grad: Tensor | None, weight: Tensor
+        self,
+        names: list[str],
+        plan: Plan,
+        kind: str,
+        spec: ConvSpec | None,
+        x: Tensor,
+        grad: Tensor | None,
+        weight: Tensor,
     ) -> str:
         weight = weight.to(x.dtype)
         if kind != "fprop" and grad is None:
@@ -188,8 +231,9 @@ class Specializer:
                 return lambda: backend.dgrad(spec, grad, x, weight)
             return lambda: backend.wgrad(spec, grad, x, weight, plan.mask)
 
-        times = interleaved([run(DENSE), run(self._candidate(plan, "compaction", spec))], x.device)
-        return "compaction" if times[1] < _MARGIN * times[0] else "dense"
+        times = interleaved([run(self._backend(plan, name, spec)) for name in names], x.device)
+        times[0] *= _MARGIN
+        return names[times.index(min(times))]
 
 
 class _Chooser:
@@ -241,6 +285,8 @@ def _format(x: Tensor) -> str:
     return "channels_last" if is_channels_last(x) else "contiguous"
 
 
-def _bucket(live: int, shape: torch.Size) -> int:
-    """Live channels in steps of a sixteenth of the larger channel count."""
-    return -(-live * 16 // max(shape[0], shape[1]))
+def _buckets(plan: Plan) -> tuple[int, int, int]:
+    """What a choice depends on of a mask: live channels in sixteenths, density in half powers of two."""
+    widest = max(plan.mask.shape[0], plan.mask.shape[1])
+    density = max(plan.nnz, 1) / plan.mask.numel()
+    return -(-plan.live_in * 16 // widest), -(-plan.live_out * 16 // widest), round(2 * math.log2(density))

@@ -45,9 +45,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """A table of rows; `str()` prints it."""
+    """A table of rows; `str()` prints it.
+
+    Attributes:
+        rows: One a layer or untraced module.
+        note: Why a backend is missing; empty if none is.
+    """
 
     rows: Sequence[Row]
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The rows and totals as plain values."""
@@ -82,6 +88,8 @@ class Summary:
             f"{totals['nnz']:,} of {totals['total']:,} weights exist in {totals['layers']} sparse layers "
             f"(density {totals['density']:.4g})"
         )
+        if self.note:
+            lines.append(f"no CPU kernels: {self.note}")
         return "\n".join(lines)
 
 
@@ -112,7 +120,7 @@ def summary(model: nn.Module) -> Summary:
             rows.append(Row(name, type(module).__name__, shape, "dense", reason=dense[name]))
         if name in program.untraced:
             rows.append(Row(name, type(module).__name__, None, "own forward", reason=program.untraced[name]))
-    return Summary(rows)
+    return Summary(rows, scheduler.specializer.missing)
 
 
 def tile_column_density(mask: Tensor, transposed: bool = False, rows: int = TILE_ROWS) -> float:

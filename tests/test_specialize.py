@@ -77,9 +77,10 @@ def test_a_mask_written_by_hand_is_noticed(model, how):
 
 
 def test_a_layer_that_crosses_break_even_changes_backend(model, monkeypatch):
-    monkeypatch.setattr(specialize, "interleaved", lambda calls, device: [[2.0, 1.0], calls[1]()][0])
-    step(model)
+    monkeypatch.setattr(specialize, "interleaved", lambda calls, device: [2.0, 1.0, 3.0][: len(calls)])
     specializer = model.scheduler.specializer
+    monkeypatch.setattr(specializer, "missing", "not wanted in this test")
+    step(model)
     assert set(specializer.backends(model.conv2).values()) == {"dense"}
     model.conv2.set_mask_(narrow(model.conv2, 12))
     specializer.respecialize([model.conv2])
@@ -90,12 +91,40 @@ def test_a_layer_that_crosses_break_even_changes_backend(model, monkeypatch):
     assert set(specializer.backends(model.conv2).values()) == {"dense"}
 
 
-def test_compaction_wins_where_most_channels_are_dead():
+def test_dense_loses_where_most_channels_are_dead():
     layer = nn.Conv2d(128, 128, 3, padding=1)
     sparsefx.sparsify(layer, 0.02, granularity="channel")
     x = torch.randn(8, 128, 16, 16, requires_grad=True)
     layer(x).sum().backward()
-    assert layer.scheduler.specializer.backends(layer)["fprop"] == "compaction"
+    assert layer.scheduler.specializer.backends(layer)["fprop"] != "dense"
+
+
+@pytest.mark.parametrize("fastest", ["dense", "sparse"])
+def test_the_fastest_backend_runs(model, monkeypatch, fastest):
+    times = {"dense": [1.0, 2.0], "sparse": [2.0, 1.0]}[fastest]
+    monkeypatch.setattr(specialize, "interleaved", lambda calls, device: list(times[: len(calls)]))
+    x, twin = torch.randn(4, 3, 12, 12), Net()
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if "mask" not in k})
+    for net in (model, twin):
+        net(x).square().sum().backward()
+    for name, layer in model.scheduler.layers.items():
+        assert set(model.scheduler.specializer.backends(layer).values()) <= {fastest, "dense"}
+        grad, mask = twin.get_parameter(name).grad, layer.weight_mask
+        assert (layer.weight.grad - grad * mask).norm() <= 1e-5 * (grad * mask).norm()
+        assert not layer.weight.grad[~mask].any()
+    assert model.scheduler.specializer.backends(model.conv2) == dict.fromkeys(specialize.PASSES, fastest)
+
+
+def test_without_a_compiler_there_is_one_warning_and_dense_runs(model, monkeypatch):
+    def fail(mask, spec):
+        raise specialize.CompilerUnavailable("no g++ here")
+
+    monkeypatch.setitem(specialize.BACKENDS, "sparse", fail)
+    with pytest.warns(sparsefx.errors.BackendWarning, match="no g\\+\\+ here") as caught:
+        step(model)
+    assert len(caught) == 1
+    assert "sparse" not in model.scheduler.specializer.backends(model.conv2).values()
+    assert "no g++ here" in str(sparsefx.summary(model))
 
 
 def test_choices_are_replayed_and_not_measured_again(model, monkeypatch):

@@ -267,11 +267,12 @@ def excite_(model: nn.Module) -> None:
     """Make every layer count in the output: weights keep their gain under the masks, scales and biases are not 0."""
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
-        noise = torch.rand(parameter.shape, generator=generator).sub_(0.5)
         with torch.no_grad():
             if parameter.dim() > 1 and min(parameter.shape[:2]) > 1:
                 parameter.mul_(DENSITY**-0.5)
-            elif parameter.abs().max() < 1e-3:
+                continue
+            noise = torch.rand(parameter.shape, generator=generator).sub_(0.5)
+            if parameter.abs().max() < 1e-3:
                 parameter.copy_(noise)
             else:
                 parameter.mul_(1 + noise)

@@ -78,7 +78,7 @@ class Trace:
     """The outcome of tracing.
 
     Attributes:
-        graph: With attribute paths of the model as targets; None if the model itself does not trace.
+        graph: With attribute paths of the model as targets; None if the model itself does not trace, or is a layer.
         inputs: Names of the required arguments of forward; the others keep their defaults.
         containers: What the graph relies on.
         boundaries: Name -> reason, of the modules that the graph calls because they do not trace ("" is the model).
@@ -103,6 +103,8 @@ def trace(model: nn.Module, forward: Callable, is_leaf: IsLeaf, boundaries: dict
     Returns:
         The trace. A module that does not trace becomes a boundary, with its reason; nothing is raised.
     """
+    if is_leaf(model, ""):
+        return Trace(None)
     found = dict(boundaries or {})
     while "" not in found:
         tracer = Tracer(model, forward, is_leaf, frozenset(found))
@@ -156,7 +158,7 @@ class Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
         if self.is_leaf_module(self.model, "") and type(self.model) is not nn.Sequential:
-            raise Rejection("is a single layer")
+            raise Rejection("is one of torch's own modules")
         required = []
         for parameter in list(inspect.signature(self.own_forward).parameters.values())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

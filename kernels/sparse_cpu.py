@@ -1,0 +1,67 @@
+"""The CPU backend: C++ kernels that visit existing weights only, between torch's layouts and the blocked one."""
+
+import torch
+from torch import Tensor
+
+from sparsefx.kernels.cpu.conv import ConvPlan
+from sparsefx.kernels.cpu.layout import from_blocked, to_blocked
+from sparsefx.kernels.cpu.linear import LinearPlan
+from sparsefx.kernels.spec import ConvSpec, is_channels_last
+
+_TYPES = (torch.float32, torch.bfloat16)
+
+
+class SparseCpu:
+    """The sparse backend for one mask: 2-D convolutions and linear layers in fp32 and bf16.
+
+    Convolutions convert their tensors to blocks of 16 images and back at each call.
+
+    Raises:
+        CompilerUnavailable: the kernels cannot be built.
+    """
+
+    name = "sparse"
+
+    def __init__(self, mask: Tensor, spec: ConvSpec | None) -> None:
+        if spec is None:
+            self.linear = LinearPlan(mask)
+            return
+        stride, padding, dilation = ((a, b) for a, b in (spec.stride, spec.padding, spec.dilation))
+        self.conv = ConvPlan(mask, stride, padding, dilation, spec.groups)
+
+    @staticmethod
+    def supports(spec: ConvSpec | None, x: Tensor, mask: Tensor) -> bool:
+        """Whether the kernels cover a call."""
+        shape = spec is None or (not spec.transposed and mask.dim() == 4)
+        return shape and x.device.type == "cpu" and x.dtype in _TYPES and x.numel() > 0
+
+    def fprop(self, spec: ConvSpec | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Output of the layer."""
+        wide_bias = None if bias is None else bias.float()
+        if spec is None:
+            return self.linear.fprop(_rows(x), weight, wide_bias).view(*x.shape[:-1], -1)
+        images = x.shape[0]
+        return from_blocked(self.conv.fprop(to_blocked(x), weight, wide_bias, images=images), images, _format(x))
+
+    def dgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the input."""
+        if spec is None:
+            return self.linear.dgrad(_rows(grad), weight).view(x.shape)
+        images, _, *space = x.shape
+        blocked = self.conv.dgrad(to_blocked(grad), weight, (space[0], space[1]), images=images)
+        return from_blocked(blocked, images, _format(x))
+
+    def wgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        """Gradient of the existing weights, zero at the missing ones."""
+        if spec is None:
+            return self.linear.scatter(self.linear.wgrad_values(_rows(grad), _rows(x)), weight.dtype)
+        values = self.conv.wgrad_values(to_blocked(grad), to_blocked(x), images=x.shape[0])
+        return self.conv.scatter(values, weight.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1, x.shape[-1]).contiguous()
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
