@@ -40,7 +40,8 @@ class Dense:
 
     def both(self, spec: ConvSpec, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Input gradient and dense weight gradient of a convolution in one call, which shares their layout work."""
-        return _backward(spec, grad, x, weight, [True, True, False])[:2]
+        for_input, for_weight, _ = _backward(spec, grad, x, weight, [True, True, False])
+        return for_input, for_weight
 
 
 def _backward(spec: ConvSpec, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:

@@ -119,7 +119,10 @@ class Runtime:
         self._staged[backward_pass] = missing
         if backward_pass >= 0:
             # A pass that does not write `.grad`, as autograd.grad for other tensors, leaves nothing behind.
-            Variable._execution_engine.queue_callback(partial(self._staged.pop, backward_pass, None))
+            Variable._execution_engine.queue_callback(partial(self._unstage, backward_pass))
+
+    def _unstage(self, backward_pass: int) -> None:
+        self._staged.pop(backward_pass, None)
 
     def reach(self, grad: Tensor, mask: Tensor) -> Tensor | None:
         """Mask the sum of all gradients that reach the weight in a backward pass, as a hook of the weight.

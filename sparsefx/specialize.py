@@ -6,6 +6,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -224,12 +225,11 @@ class Specializer:
             grad = torch.randn_like(DENSE.fprop(spec, x, weight, None))
 
         def run(backend: Backend) -> Callable[[], Tensor]:
-            if kind == "fprop":
-                return lambda: backend.fprop(spec, x, weight, None)
-            assert grad is not None
+            if kind == "fprop" or grad is None:
+                return partial(backend.fprop, spec, x, weight, None)
             if kind == "dgrad":
-                return lambda: backend.dgrad(spec, grad, x, weight)
-            return lambda: backend.wgrad(spec, grad, x, weight, plan.mask)
+                return partial(backend.dgrad, spec, grad, x, weight)
+            return partial(backend.wgrad, spec, grad, x, weight, plan.mask)
 
         times = interleaved([run(self._backend(plan, name, spec)) for name in names], x.device)
         times[0] *= _MARGIN

@@ -1,4 +1,4 @@
-"""Plans follow the masks: rebuilt where a mask changed, the same objects where not; choices are measured and replayed."""
+"""Plans are rebuilt where a mask changed and are the same objects elsewhere; choices are measured and replayed."""
 
 import copy
 

@@ -233,7 +233,7 @@ def concatenate(op: Op) -> Effect | None:
     if not parts or len(parts) < len(nodes) or any(x.flat or x.axis != parts[0].axis for x in parts):
         return None
     dim, ndim = op.arg(1, "dim", op.node.kwargs.get("axis", 0)), parts[0].ndim
-    if any(x.ndim != ndim or x.dim(dim) != x.axis for x in parts):
+    if not isinstance(dim, int) or any(x.ndim != ndim or x.dim(dim) != x.axis for x in parts):
         return None
     slots, const = (torch.cat([getattr(x, name) for x in parts]) for name in ("slots", "const"))
     sizes = [len(x) for x in parts]

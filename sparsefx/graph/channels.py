@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsefx.graph.trace import why_called
 from sparsefx.layers import SparseLayer
 
 NO_AXIS = 0
@@ -201,8 +202,7 @@ def plain_type(module: nn.Module) -> type[nn.Module]:
 def key_of(node: fx.Node, target: Any) -> Any:
     """Return the key of a node in `RULES`, whether or not it has a rule."""
     if node.op == "call_module":
-        hooked = target._forward_hooks or target._forward_pre_hooks
-        return None if hooked else plain_type(target)
+        return None if why_called(target) else plain_type(target)
     if node.op == "call_method":
         return f".{node.target}"
     if node.op == "call_function":

@@ -10,18 +10,12 @@ from torch import Tensor, fx, nn
 
 from sparsefx.errors import TraceWarning
 from sparsefx.graph.channels import NO_AXIS, Channels
-from sparsefx.graph.compact_report import (
-    measure,
-    measured_shapes,
-    outputs,
-    relative_difference,
-    same_random_state,
-    tolerance,
-)
+from sparsefx.graph.compact_report import measure, measured_shapes, outputs, relative_difference, tolerance
 from sparsefx.graph.install import STATE, program_of
 from sparsefx.graph.links import CONVS, LINEARS, Links
 from sparsefx.graph.liveness import Flow
 from sparsefx.graph.slicing import slice_channels, slice_layer, slice_tensor
+from sparsefx.graph.snapshot import RandomState
 from sparsefx.graph.trace import trace
 from sparsefx.layers import SparseLayer, revert_
 
@@ -54,11 +48,14 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """
     dense = dense_copy(model).eval()
     inputs = example_inputs if isinstance(example_inputs, tuple | None) else (example_inputs,)
-    with same_random_state(inputs):
-        return _compact(dense, inputs)
+    generators = RandomState()
+    try:
+        return _compact(dense, inputs, generators)
+    finally:
+        generators.restore()
 
 
-def _compact(dense: nn.Module, inputs: tuple | None) -> nn.Module:
+def _compact(dense: nn.Module, inputs: tuple | None, generators: RandomState) -> nn.Module:
     expected = None if inputs is None else outputs(dense, inputs)
     found = trace(dense, type(dense).forward, lambda module, name: False)
     if found.graph is None:
@@ -77,6 +74,7 @@ def _compact(dense: nn.Module, inputs: tuple | None) -> nn.Module:
         "untraced": found.boundaries | found.called,
     }
     if inputs is not None and expected is not None:
+        generators.restore()
         difference = relative_difference(outputs(result, inputs), expected)
         if not difference <= tolerance(dense):
             return _unchanged(dense, f"has a graph whose results differ (relative difference {difference:.1e})")

@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -33,10 +32,9 @@ def measured_shapes(model: fx.GraphModule, inputs: tuple) -> dict[fx.Node, torch
 
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: tuple) -> Tensor:
-    """Return all numbers that a model computes, float64 `[n]`; the random state starts the same for every model."""
-    torch.manual_seed(0)
+    """Return all numbers that a model computes, float64 `[n]`."""
     tensors = [x for x in tree_leaves(model(*_copies(inputs))) if isinstance(x, Tensor)]
-    return torch.cat([x.double().flatten() for x in tensors] or [torch.zeros(0, dtype=torch.float64)])
+    return torch.cat([x.cpu().double().flatten() for x in tensors] or [torch.zeros(0, dtype=torch.float64)])
 
 
 def relative_difference(got: Tensor, expected: Tensor) -> float:
@@ -70,12 +68,6 @@ def measure(before: nn.Module, after: nn.Module, inputs: tuple) -> dict[str, dic
         for name, model in models.items():
             times[name].append(_time(model, inputs))
     return {"multiply_adds": work, "seconds": {name: statistics.median(each) for name, each in times.items()}}
-
-
-def same_random_state(inputs: tuple | None) -> AbstractContextManager[None]:
-    """Return a context after which the random state is what it was."""
-    devices = {x.device for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.is_cuda}
-    return torch.random.fork_rng(devices)
 
 
 def _time(model: nn.Module, inputs: tuple) -> float:

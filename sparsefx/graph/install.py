@@ -123,7 +123,7 @@ class Compiled:
         """Whether everything that was inlined is as it was traced."""
         if self.rejected:
             return self.model.training is self.training
-        for container in self.containers:  # noqa: SIM110 - torch.compile traces the loop
+        for container in self.containers:
             if not container.holds():
                 return False
         return all(why_called(module) for module in self.hooked)

@@ -150,7 +150,8 @@ def _touches(x: Channels, item: Any) -> bool:
     if x.ndim is None:
         return not (isinstance(item, int) and item < 0 and item != x.axis)
     if isinstance(item, slice):
-        return x.ndim + x.axis in range(x.ndim)[item]
+        fixed = not any(isinstance(end, fx.Node) for end in (item.start, item.stop, item.step))
+        return not fixed or x.ndim + x.axis in range(x.ndim)[item]
     return not isinstance(item, int) or x.dim(item) == x.axis
 
 

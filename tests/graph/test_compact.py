@@ -292,6 +292,26 @@ def test_hook_on_a_layer_runs_and_its_layer_stays_whole() -> None:
     assert sizes(small.get_submodule("0")) == (5, 8)
 
 
+def test_layer_with_a_forward_of_its_own_instance_stays_whole() -> None:
+    a, b = kill(nn.Linear(5, 8), outs=[0, 1]), nn.Linear(8, 4)
+    model = nn.Sequential(a, nn.ReLU(), b).double().eval()
+    a.forward = _reversed
+    x = torch.randn(2, 8).double()
+    assert difference(compact(model)(x), model(x)) < 1e-9
+
+
+def _reversed(x: Tensor) -> Tensor:
+    return x.flip(-1)
+
+
+def test_always_random_model_is_compared_from_one_state() -> None:
+    a = kill(nn.Linear(5, 8), outs=[0, 1])
+    model = Net(lambda net, x: F.dropout(net.b(net.a(x).relu()), 0.5, True), a=a, b=nn.Linear(8, 30)).eval()
+    small = compact(model, torch.randn(2, 5))
+    assert sizes(small.a) == (5, 6)  # pyright: ignore[reportArgumentType]
+    assert small.compact_report["difference"] < 1e-6
+
+
 def _flip(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return output.flip(-1)
 

@@ -42,8 +42,9 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
   for (size_t i = 0; i < pass.phases.size(); ++i)
     permute(pass.phases[i].lists, values, value + first_value[i], threads);
   char* memory = scratch(1, (packed + sums) * threads + 64);
+  const int64_t turn = std::clamp<int64_t>(items / (8 * threads), 1, 16);
 
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, turn)
   for (int64_t item = 0; item < items; ++item) {
     const size_t phase = std::upper_bound(first_item.begin(), first_item.end(), item) - first_item.begin() - 1;
     const PhasePlan& p = pass.phases[phase];
@@ -53,7 +54,17 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
     char* x = memory + omp_get_thread_num() * (packed + sums);
     char* acc = x + packed;
     const int64_t c0 = block * lists.block, width = std::min(lists.block, lists.outputs - c0);
-    if (!p.one_tile()) in.pack(x, lists.live.data(), int64_t(lists.live.size()), p, strip);
+    const int64_t live = int64_t(lists.live.size()), last = first_item[phase] + p.strips() * lists.blocks - 1;
+    const TileAt next_strip = strip_at(p, (std::min(item + 1, last) - first_item[phase]) / lists.blocks);
+    const bool moves = (item + 1) % turn && item < last;
+    Ahead ahead;
+    if (!p.one_tile()) {
+      in.pack(x, lists.live.data(), live, p, strip);
+      if (moves && block == lists.blocks - 1) ahead = in.ahead(lists.live.data(), live, p, next_strip);
+      const Cell* cells = lists.cells.data() + block * lists.chunks;
+      ahead.start(int64_t(cells[lists.chunks].first_record - cells[0].first_record) * p.tiling.strip_rows *
+                  p.tiling.strip_cols);
+    }
     for (int64_t ty = 0; ty < p.tiling.strip_rows; ++ty)
       for (int64_t tx = 0; tx < p.tiling.strip_cols; ++tx) {
         const TileAt tile{strip.y + ty * p.tiling.rows, strip.x + tx * p.tiling.cols, strip.batch};
@@ -66,8 +77,12 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
           if (cell.first_record == cell.end_record) continue;
           const char* from = base;
           if (p.one_tile()) {
-            const int64_t n = std::min(lists.chunk, int64_t(lists.live.size()) - c * lists.chunk);
-            in.pack(x, lists.live.data() + c * lists.chunk, n, p, strip);
+            const int64_t at = c * lists.chunk, next = (c + 1) % lists.chunks * lists.chunk;
+            in.pack(x, lists.live.data() + at, std::min(lists.chunk, live - at), p, strip);
+            ahead = next || moves ? in.ahead(lists.live.data() + next, std::min(lists.chunk, live - next), p,
+                                             next ? strip : next_strip)
+                                  : Ahead();
+            ahead.start(cell.end_record - cell.first_record);
           } else {
             from += c * lists.chunk * p.channel_bytes;
           }
@@ -75,12 +90,13 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
           const float* v = value + first_value[phase] + cell.entry;
           const Record* records = lists.records.data() + cell.first_record;
           const int64_t first = cell.more_record - cell.first_record;
-          p.kernel->fma(from, p.row_bytes, records, first, offset, v, acc, true);
+          p.kernel->fma(from, p.row_bytes, records, first, offset, v, acc, true, ahead);
           for (int64_t r = 0; r < first; ++r) {
             offset += records[r].count;
             v += records[r].count;
           }
-          p.kernel->fma(from, p.row_bytes, records + first, cell.end_record - cell.more_record, offset, v, acc, false);
+          p.kernel->fma(from, p.row_bytes, records + first, cell.end_record - cell.more_record, offset, v, acc,
+                        false, ahead);
         }
         out.unpack(acc, c0, width, p, tile, epilogue);
       }
@@ -91,7 +107,6 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
 // number of threads only.
 template <class In, class Grad>
 void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values, int threads) {
-  constexpr int64_t PARTIAL_BUDGET = 384 << 10;
   const PhasePlan& p = pass.phases[0];
   const Lists& lists = p.lists;
   struct Unit {
@@ -129,18 +144,26 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
     const int64_t e0 = cells[unit.chunk0].entry, n = cells[unit.chunk1].entry - e0;
     const int64_t c0 = unit.block * lists.block, width = std::min(lists.block, lists.outputs - c0);
     std::memset(partial, 0, (n + LANES) * 4);
-    for (int64_t s = strips * split / splits; s < strips * (split + 1) / splits; ++s) {
-      const TileAt strip = strip_at(p, s);
+    const int64_t last = strips * (split + 1) / splits - 1;
+    for (int64_t s = strips * split / splits; s <= last; ++s) {
+      const TileAt strip = strip_at(p, s), next_strip = strip_at(p, std::min(s + 1, last));
       const int64_t live = int64_t(lists.live.size()), first = unit.chunk0 * lists.chunk;
-      if (!p.one_tile())
-        in.pack(x, lists.live.data() + first, std::min(unit.chunk1 * lists.chunk, live) - first, p, strip);
+      Ahead ahead;
+      if (!p.one_tile()) {
+        const int64_t n_live = std::min(unit.chunk1 * lists.chunk, live) - first;
+        in.pack(x, lists.live.data() + first, n_live, p, strip);
+        if (s < last) ahead = in.ahead(lists.live.data() + first, n_live, p, next_strip);
+        ahead.start(int64_t(cells[unit.chunk1].first_record - cells[unit.chunk0].first_record) * p.tiling.strip_rows *
+                    p.tiling.strip_cols);
+      }
       for (int64_t ty = 0; ty < p.tiling.strip_rows; ++ty)
         for (int64_t tx = 0; tx < p.tiling.strip_cols; ++tx) {
           const TileAt tile{strip.y + ty * p.tiling.rows, strip.x + tx * p.tiling.cols, strip.batch};
           if (tile.y >= p.y.count || tile.x >= p.x.count) continue;
           int64_t channel_pitch = p.tile_bytes(), row_pitch = p.tiling.cols * p.cell_bytes;
-          const char* held_g = grad.tile_in_place(c0, p, tile, &channel_pitch, &row_pitch);
-          if (!held_g) {
+          const char* held_g = nullptr;
+          if (unit.chunk1 - unit.chunk0 == 1) held_g = grad.tile_in_place(c0, p, tile, &channel_pitch, &row_pitch);
+          if (!held_g) {  // also where it is read again for each chunk: channels 4 KiB apart evict each other
             grad.pack_tile(g, c0, width, p, tile);
             held_g = g;
           }
@@ -149,13 +172,20 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
             const Cell& cell = cells[c];
             if (cell.first_record == cell.end_record) continue;
             const char* from = base;
-            if (p.one_tile())
-              in.pack(x, lists.live.data() + c * lists.chunk, std::min(lists.chunk, live - c * lists.chunk), p, strip);
-            else
+            if (p.one_tile()) {
+              const bool wraps = c + 1 == unit.chunk1;
+              const int64_t at = c * lists.chunk, next = wraps ? first : at + lists.chunk;
+              in.pack(x, lists.live.data() + at, std::min(lists.chunk, live - at), p, strip);
+              ahead = !wraps || s < last ? in.ahead(lists.live.data() + next, std::min(lists.chunk, live - next), p,
+                                                    wraps ? next_strip : strip)
+                                         : Ahead();
+              ahead.start(cell.end_record - cell.first_record);
+            } else {
               from += (c - unit.chunk0) * lists.chunk * p.channel_bytes;
+            }
             p.kernel->dot(from, p.row_bytes, lists.records.data() + cell.first_record,
                           cell.end_record - cell.first_record, lists.offset.data() + cell.entry, held_g,
-                          channel_pitch, row_pitch, partial + (cell.entry - e0));
+                          channel_pitch, row_pitch, partial + (cell.entry - e0), ahead);
           }
         }
     }

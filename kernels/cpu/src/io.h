@@ -78,6 +78,22 @@ struct Blocked {
     std::memset(out + n * p.channel_bytes, 0, p.tail_bytes);
   }
 
+  // What pack() will read for these channels, roughly.
+  Ahead ahead(const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt t) const {
+    if (p.tiling.batch != 1 || !n || p.pack_x.source.empty()) return {};
+    const auto [y0, y1] = std::minmax_element(p.pack_y.source.begin(), p.pack_y.source.end());
+    const auto [x0, x1] = std::minmax_element(p.pack_x.source.begin(), p.pack_x.source.end());
+    const int64_t top = std::clamp<int64_t>(*y0 + t.y * p.y.in_step, 0, h);
+    const int64_t bottom = std::clamp<int64_t>(*y1 + t.y * p.y.in_step + 1, top, h);
+    const int64_t left = std::clamp<int64_t>(*x0 + t.x * p.x.in_step, 0, w);
+    const int64_t right = std::clamp<int64_t>(*x1 + t.x * p.x.in_step + 1, left, w);
+    const int64_t cell = BLOCK * sizeof(T), pitch = h * w * cell;
+    const char* base = reinterpret_cast<const char*>(at(t.batch, 0, top, left));
+    if (right - left == w)  // whole rows are one run
+      return {base, channel, n, pitch, bottom > top, 0, (bottom - top) * w * cell / 64};
+    return {base, channel, n, pitch, bottom - top, w * cell, (right - left) * cell / 64};
+  }
+
   // Copies a tile of outputs of channels [c0, c0 + n) into `out`, [n][rows][columns][batch][16]; zero outside.
   void pack_tile(char* out, int64_t c0, int64_t n, const PhasePlan& p, TileAt t) const {
     const int64_t blocks = (images + BLOCK - 1) / BLOCK;
@@ -167,6 +183,8 @@ struct Pixels {
     std::memset(out + n * p.channel_bytes, 0, p.tail_bytes);
   }
 
+  Ahead ahead(const uint32_t*, int64_t, const PhasePlan&, TileAt) const { return {}; }
+
   void unpack(const char* acc, int64_t c0, int64_t n, const PhasePlan& p, TileAt t, Epilogue e) const {
     const int64_t rows = std::min(p.tiling.rows, p.y.count - t.y), columns = std::min(p.tiling.cols, p.x.count - t.x);
     for (int64_t c = 0; c < n; ++c) {
@@ -201,6 +219,14 @@ struct Rows {
         }
       c += width;
     }
+  }
+
+  Ahead ahead(const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt t) const {
+    const int64_t first = t.batch * BLOCK, rows = std::min(p.tiling.batch * BLOCK, images - first);
+    if (n < LANES) return {};
+    const int64_t bytes = (int64_t(channel[n - 1]) - channel[0] + 1) * int64_t(sizeof(T));
+    const char* base = reinterpret_cast<const char*>(data + first * features);
+    return {base, channel, 1, int64_t(sizeof(T)), rows, features * int64_t(sizeof(T)), (bytes + 63) / 64};
   }
 
   void pack_tile(char* out, int64_t c0, int64_t n, const PhasePlan& p, TileAt t) const {

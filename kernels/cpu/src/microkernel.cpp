@@ -26,7 +26,7 @@ SFX_INLINE void accumulate(const char* x, int64_t pitch, const uint32_t* offset,
 
 template <int G, int X>
 void fma_kernel(const char* x, int64_t pitch, const Record* records, int64_t n, const uint32_t* offset,
-                const float* value, char* acc, bool first) {
+                const float* value, char* acc, bool first, Ahead& ahead) {
   constexpr int P = G * X;
   for (int64_t r = 0; r < n; ++r) {
     char* out = acc + int64_t(records[r].channel) * (P * VEC);
@@ -39,6 +39,7 @@ void fma_kernel(const char* x, int64_t pitch, const Record* records, int64_t n, 
     for (int i = 0; i < P; ++i) store(out + i * VEC, sum[i]);
     offset += count;
     value += count;
+    ahead.step();
   }
 }
 
@@ -53,7 +54,7 @@ __attribute__((noinline)) void flush(vf* sums, int n, float* partial) {
 
 template <int G, int X>
 void dot_kernel(const char* x, int64_t pitch, const Record* records, int64_t n, const uint32_t* offset, const char* g,
-                int64_t g_channel, int64_t g_row, float* partial) {
+                int64_t g_channel, int64_t g_row, float* partial, Ahead& ahead) {
   constexpr int P = G * X;
   constexpr int CHAINS = P >= 16 ? 4 : P >= 4 ? 2 : 1;
   vf sums[HELD_SUMS];
@@ -92,6 +93,7 @@ void dot_kernel(const char* x, int64_t pitch, const Record* records, int64_t n, 
       left -= m;
       offset += m;
     }
+    ahead.step();
   }
   flush(sums, used, partial);
 }

@@ -9,15 +9,58 @@ struct Record {       // one output channel's run of entries in a chunk
   uint32_t count;     // entries
 };
 
+// Lines that the next packing will read, fetched into L2 a few at a time between the records of this one: packing
+// would otherwise wait for memory, a channel's rows being far apart.
+struct Ahead {
+  const char* base = nullptr;          // `rows` runs of `lines` cache lines for each of `channels`
+  const uint32_t* channel = nullptr;
+  int64_t channels = 0, channel_bytes = 0, rows = 0, row_bytes = 0, lines = 0;
+  int64_t per_record = 0;
+
+  Ahead() = default;
+  Ahead(const char* first, const uint32_t* of, int64_t n, int64_t pitch, int64_t runs, int64_t run_pitch, int64_t run)
+      : base(first), channel(of), channels(n), channel_bytes(pitch), rows(runs), row_bytes(run_pitch), lines(run) {}
+
+  int64_t total() const { return channels * rows * lines; }
+  // Spreads the lines over `records` calls of step().
+  void start(int64_t records) {
+    channel_at_ = row_at_ = 0;
+    per_record = total() ? total() / (records + 1) + 1 : 0;
+    if (per_record) open();
+  }
+  SFX_INLINE void step() {
+    for (int64_t k = 0; k < per_record; ++k) {
+      __builtin_prefetch(line_, 0, 2);
+      line_ += 64;
+      if (!--left_) next();
+    }
+  }
+
+ private:
+  void open() {
+    line_ = base + int64_t(channel[channel_at_]) * channel_bytes + row_at_ * row_bytes;
+    left_ = lines;
+  }
+  __attribute__((noinline)) void next() {
+    if (++row_at_ == rows) {
+      row_at_ = 0;
+      if (++channel_at_ == channels) channel_at_ = 0, per_record = 0;
+    }
+    open();
+  }
+  const char* line_ = nullptr;
+  int64_t left_ = 0, channel_at_ = 0, row_at_ = 0;
+};
+
 // acc[channel] (+)= value * x[offset + row * pitch] over a chunk's records.
 // `acc` is [channel][G * X] contiguous. With `first` the sums start at zero instead of at `acc`.
 using FmaKernel = void (*)(const char* x, int64_t pitch, const Record* records, int64_t n, const uint32_t* offset,
-                           const float* value, char* acc, bool first);
+                           const float* value, char* acc, bool first, Ahead& ahead);
 
 // partial[entry] += sum over the tile and its lanes of g[channel] * x[offset]; up to LANES - 1 floats after the last
 // entry are read and written back unchanged.
 using DotKernel = void (*)(const char* x, int64_t pitch, const Record* records, int64_t n, const uint32_t* offset,
-                           const char* g, int64_t g_channel, int64_t g_row, float* partial);
+                           const char* g, int64_t g_channel, int64_t g_row, float* partial, Ahead& ahead);
 
 struct Microkernel {
   int rows, vectors;

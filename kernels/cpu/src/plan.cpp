@@ -49,12 +49,13 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   const double records = chunks * s.outputs * (1 - std::exp(-per_cell));
   const double acc = load_cycles(double(t.block) * vectors * LANES * 4 + 64.0 * 1024);
   double tile = double(s.entries) * (load_cycles(t.chunk * tile_bytes) * vectors + (s.kind == WGRAD ? 4 : 1.5));
-  tile += records * (14 + vectors * (s.kind == WGRAD ? 1.0 : 1.6) * acc);
-  if (s.kind != WGRAD) tile += double(s.outputs) * vectors * (1 + acc);
+  tile += records * (25 + vectors * (s.kind == WGRAD ? 1.0 : 1.6) * acc);
+  const double units = s.kind == WGRAD ? blocks * std::ceil(s.entries / blocks * 4 / PARTIAL_BUDGET) : blocks;
+  tile += units / blocks * double(s.outputs) * vectors * (1 + acc);  // unpack the sums, or pack the gradient
   const double strips = double(ceil_div(y.count(), t.rows * t.strip_rows) *
                                ceil_div(x.count(), t.cols * t.strip_cols) * ceil_div(s.blocks, t.batch));
   const double tiles = double(ceil_div(y.count(), t.rows) * ceil_div(x.count(), t.cols) * ceil_div(s.blocks, t.batch));
-  const double packing = strips * blocks * double(s.live) * strip_lines * VECS * 4;
+  const double packing = strips * blocks * double(s.live) * strip_lines * VECS * 6;
   double parallel = 1;
   if (s.kind != WGRAD) {
     const double items = strips * blocks;
