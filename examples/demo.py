@@ -126,6 +126,7 @@ def train(args: argparse.Namespace, seed: int, data: Digits, layout: str, bar: t
     dense_model = DigitNet(args.width).to(memory_format=LAYOUTS[layout])
     sparse_model = copy.deepcopy(dense_model)
 
+    bar.set_postfix_str("measuring kernels; the first time they are compiled")
     sparsefx.sparsify(sparse_model, args.density, example_inputs=(images[: args.batch],), seed=seed)
     dense, sparse = Run(dense_model, total_steps), Run(sparse_model, total_steps)
     sparse_model.scheduler.attach(sparse.optimizer, steps_per_update=steps_per_epoch, total_steps=total_steps)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sparsefx.kernels.cpu import ConvPlan, LinearPlan, to_blocked
 from sparsefx.kernels.cpu.abi import load
-from sparsefx.kernels.cpu.layout import from_blocked
 
 PASSES = ("fprop", "dgrad", "wgrad")
 
@@ -39,7 +38,10 @@ class Layer:
 
 @dataclass
 class PassResult:
-    """One pass of one layer. Times are medians in ms, spreads the quartile distance over the median."""
+    """One pass of one layer. Times are medians in ms, spreads the quartile distance over the median.
+
+    `error` is ||sparse - dense|| / ||dense|| against torch's fp32 result, whose own error it includes.
+    """
 
     layer: str
     kind: str
@@ -77,6 +79,7 @@ def bench_layers(
     *,
     rounds: int = 7,
     threads: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
     json_path: Path | None = None,
 ) -> list[PassResult]:
     """Time every pass of every layer, print a row each, and return the rows.
@@ -89,6 +92,7 @@ def bench_layers(
         masks: Masks by layer name, of the weight's shape; random ones of the layer's density otherwise.
         rounds: Timed calls of each kernel.
         threads: OpenMP team.
+        clock: Seconds; `time.thread_time` with one thread is steadier on a machine that others use.
         json_path: Where to write the rows as JSON.
     """
     torch.set_num_threads(threads)
@@ -97,7 +101,7 @@ def bench_layers(
     print(f"measured FMA peak {peak:.0f} GFLOP/s on {threads} threads")
     rows = []
     for layer in layers:
-        results = _bench(layer, (masks or {}).get(layer.name), rounds, peak)
+        results = _bench(layer, (masks or {}).get(layer.name), rounds, peak, clock)
         rows += results
         for row in results:
             print(_format(row), flush=True)
@@ -117,15 +121,16 @@ def _format(r: PassResult) -> str:
     )
 
 
-def _bench(layer: Layer, mask: Tensor | None, rounds: int, peak: float) -> list[PassResult]:
-    sparse, dense, macs, exact, plan, where = (_linear if layer.size == 0 else _conv)(layer, mask)
+def _bench(layer: Layer, mask: Tensor | None, rounds: int, peak: float, clock: Callable[[], float]) -> list[PassResult]:
+    setup = _linear if layer.size == 0 else _conv
+    drawn, sparse, dense, macs, exact, plan, where = setup(layer, mask)
     results = []
     for kind in PASSES:
         got = sparse[kind]()
         wanted = exact[kind]()
         error = ((got - wanted).norm() / wanted.norm()).item()
         del got, wanted
-        times = _interleaved({"sparse": sparse[kind], **dense[kind]}, rounds)
+        times = _interleaved({"sparse": sparse[kind], **dense[kind]}, rounds, clock)
         medians = {name: statistics.median(t) for name, t in times.items()}
         best = min(dense[kind], key=lambda name: medians[name])
         ours, theirs = medians["sparse"], medians[best]
@@ -136,7 +141,7 @@ def _bench(layer: Layer, mask: Tensor | None, rounds: int, peak: float) -> list[
                 layer=layer.name,
                 kind=kind,
                 density=plan.density,
-                live_columns=live_columns,
+                live_columns=_live_columns(drawn),
                 dense_ms=theirs,
                 dense_spread=_spread(times[best]),
                 dense_kind=best,
@@ -160,7 +165,6 @@ def _conv(layer: Layer, mask: Tensor | None) -> tuple:
     w = torch.randn(mask.shape) * 0.05 * mask
     x = torch.randn(layer.batch, layer.inputs, layer.size, layer.size)
     plan = ConvPlan(mask, layer.stride, layer.padding)
-    plan.mask = mask
     y = F.conv2d(x, w, None, layer.stride, layer.padding)
     g = torch.randn_like(y)
     xb, gb, hw, n = to_blocked(x), to_blocked(g), (layer.size, layer.size), layer.batch
@@ -180,8 +184,7 @@ def _conv(layer: Layer, mask: Tensor | None) -> tuple:
         "dgrad": lambda: to_blocked(dense["dgrad"]["nchw"]()),
         "wgrad": lambda: dense["wgrad"]["nchw"]() * mask,
     }
-    assert from_blocked(xb, n).shape == x.shape
-    return sparse, dense, w.numel() * y[:, 0].numel(), exact, plan, (*hw, n)
+    return mask, sparse, dense, w.numel() * y[:, 0].numel(), exact, plan, (*hw, n)
 
 
 def _conv_backward(layer: Layer, g: Tensor, x: Tensor, w: Tensor, wanted: int) -> Tensor:
@@ -197,7 +200,6 @@ def _linear(layer: Layer, mask: Tensor | None) -> tuple:
     w, x = torch.randn(mask.shape) * 0.05 * mask, torch.randn(layer.batch, layer.inputs)
     g = torch.randn(layer.batch, layer.out)
     plan = LinearPlan(mask)
-    plan.mask = mask
     onednn = torch.ops.mkldnn._linear_pointwise
     dense = {
         "fprop": {"mkl": lambda: F.linear(x, w), "onednn": lambda: onednn(x, w, None, "none", [], "")},
@@ -210,7 +212,7 @@ def _linear(layer: Layer, mask: Tensor | None) -> tuple:
         "wgrad": lambda: plan.wgrad(g, x),
     }
     exact = {kind: dense[kind]["mkl"] for kind in ("fprop", "dgrad")} | {"wgrad": lambda: (g.T @ x) * mask}
-    return sparse, dense, w.numel() * layer.batch, exact, plan, (1, 1, layer.batch)
+    return mask, sparse, dense, w.numel() * layer.batch, exact, plan, (1, 1, layer.batch)
 
 
 def _mask(layer: Layer, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
@@ -224,15 +226,15 @@ def _live_columns(mask: Tensor) -> float:
     return mask.flatten(1).any(0).float().mean().item()
 
 
-def _interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+def _interleaved(calls: dict[str, Callable], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((clock() - start) * 1e3)
     return times
 
 

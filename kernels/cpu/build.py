@@ -175,4 +175,4 @@ def _run(commands: list[list[str]]) -> None:
                 process.wait()
         for process, output in zip(running, outputs, strict=True):
             if process.returncode:
-                raise CompilerUnavailable(f"CPU kernels: {process.args[0]} failed: {output[-2000:]}")
+                raise CompilerUnavailable(f"CPU kernels: {commands[0][0]} failed: {output[-2000:]}")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsefx.graph.channels import NO_AXIS
+from sparsefx.graph.compact import compact
 from sparsefx.graph.liveness import Flow
 
 
@@ -52,6 +53,27 @@ def image(channels: int = 3, size: int = 6) -> Tensor:
 def difference(a: Tensor, b: Tensor) -> float:
     """||a - b|| / ||b||."""
     return float((a.detach() - b.detach()).norm() / b.detach().norm())
+
+
+def shrink(model: nn.Module, x: Tensor) -> Any:
+    """Compact a model with and without example inputs, check that both are equal to it, and return the first."""
+    model, x = model.double().eval(), x.double()
+    with torch.no_grad():
+        expected = model(x)
+        assert expected.norm() > 0
+        small = compact(model, x)
+        assert small.compact_report["difference"] < 1e-9
+        for result in (small, compact(model)):
+            assert difference(result(x), expected) < 1e-9
+        assert torch.equal(model(x), expected)
+    return small
+
+
+def sizes(layer: Any) -> tuple[int, int]:
+    """Numbers of input and output channels of a layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
 
 
 def check_claims(model: nn.Module, x: Tensor, measured: bool = False) -> tuple[Flow, fx.GraphModule]:

@@ -103,6 +103,10 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
   }
 }
 
+// With more chunks than this the gradient of the output is packed: it is read again for each, and channels that lie a
+// multiple of 4 KiB apart evict each other.
+constexpr int64_t IN_PLACE_CHUNKS = 8;
+
 // Gradient of existing weights, in Pattern order, summed over splits in a fixed order: the result depends on the
 // number of threads only.
 template <class In, class Grad>
@@ -162,8 +166,8 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
           if (tile.y >= p.y.count || tile.x >= p.x.count) continue;
           int64_t channel_pitch = p.tile_bytes(), row_pitch = p.tiling.cols * p.cell_bytes;
           const char* held_g = nullptr;
-          if (unit.chunk1 - unit.chunk0 == 1) held_g = grad.tile_in_place(c0, p, tile, &channel_pitch, &row_pitch);
-          if (!held_g) {  // also where it is read again for each chunk: channels 4 KiB apart evict each other
+          if (unit.chunk1 - unit.chunk0 <= IN_PLACE_CHUNKS) held_g = grad.tile_in_place(c0, p, tile, &channel_pitch, &row_pitch);
+          if (!held_g) {
             grad.pack_tile(g, c0, width, p, tile);
             held_g = g;
           }

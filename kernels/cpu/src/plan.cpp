@@ -55,7 +55,9 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   const double strips = double(ceil_div(y.count(), t.rows * t.strip_rows) *
                                ceil_div(x.count(), t.cols * t.strip_cols) * ceil_div(s.blocks, t.batch));
   const double tiles = double(ceil_div(y.count(), t.rows) * ceil_div(x.count(), t.cols) * ceil_div(s.blocks, t.batch));
-  const double packing = strips * blocks * double(s.live) * strip_lines * VECS * 6;
+  tile += double(s.outputs * t.rows * t.batch) * 10;  // each row of a tile is a run of its own
+  const double runs = double(s.live * y(t.rows * t.strip_rows) * t.batch);
+  const double packing = strips * blocks * (double(s.live) * strip_lines * VECS * 6 + runs * 15);
   double parallel = 1;
   if (s.kind != WGRAD) {
     const double items = strips * blocks;
