@@ -118,6 +118,11 @@ def fastest_dense(width: int, x: Tensor, y: Tensor, threads: set[int], rounds: i
     return layout, count, {f"{name} on {plural(n, 'thread')}": ms for (name, n), ms in medians.items()}
 
 
+def update_interval(epochs: int, steps_per_epoch: int) -> int:
+    """Steps between mask updates; short trainings have at least one update."""
+    return min(EPOCHS_PER_UPDATE, max(1, epochs // 2)) * steps_per_epoch
+
+
 def train(args: argparse.Namespace, seed: int, data: Digits, layout: str, bar: tqdm) -> tuple[dict, nn.Module]:
     """Train dense and sparse side by side; returns what was measured and the sparse model."""
     images, labels, test_images, test_labels = data
@@ -130,7 +135,7 @@ def train(args: argparse.Namespace, seed: int, data: Digits, layout: str, bar: t
     bar.set_postfix_str("measuring kernels; the first time they are compiled")
     sparsefx.sparsify(sparse_model, args.density, example_inputs=(images[: args.batch],), seed=seed)
     dense, sparse = Run(dense_model, total_steps), Run(sparse_model, total_steps)
-    updates = EPOCHS_PER_UPDATE * steps_per_epoch
+    updates = update_interval(args.epochs, steps_per_epoch)
     sparse_model.scheduler.attach(sparse.optimizer, steps_per_update=updates, total_steps=total_steps)
 
     first = {name: mask.float().mean().item() for name, mask in sparsefx.masks(sparse_model).items()}
@@ -276,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             "width": args.width,
             "epochs": args.epochs,
             "batch": args.batch,
-            "steps_per_update": EPOCHS_PER_UPDATE * steps_per_epoch,
+            "steps_per_update": update_interval(args.epochs, steps_per_epoch),
             "memory_format": layout,
             "threads": threads,
         },
