@@ -64,6 +64,14 @@ def _empty_unless(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
+def _opaque_backward(handle: int, *args: Any) -> tuple[Tensor | None, ...]:
+    """Backward inside a compiled graph, which may add to the weight gradient in place without a trace."""
+    runtime = Runtime.of(handle)
+    grads = runtime.backward(*args)
+    runtime.masked = None
+    return grads
+
+
 @torch.library.custom_op("sparsefx::conv", mutates_args=())
 def _conv_op(
     x: Tensor,
@@ -104,7 +112,7 @@ def _conv_backward_op(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = ConvSpec(stride, padding, dilation, transposed, output_padding, groups)
-    for_input, for_weight, for_bias = Runtime.of(handle).backward(spec, grad, x, weight, mask, wanted)
+    for_input, for_weight, for_bias = _opaque_backward(handle, spec, grad, x, weight, mask, wanted)
     return (
         _empty_unless(for_input if for_input is None else _strided(for_input, x), x),
         _empty_unless(for_weight if for_weight is None else _strided(for_weight, weight), weight),
@@ -137,7 +145,7 @@ def _(x, weight, bias, mask, handle):
 def _linear_backward_op(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, handle: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    for_input, for_weight, for_bias = Runtime.of(handle).backward(None, grad, x, weight, mask, wanted)
+    for_input, for_weight, for_bias = _opaque_backward(handle, None, grad, x, weight, mask, wanted)
     return (
         _empty_unless(for_input if for_input is None else for_input.contiguous(), x),
         _empty_unless(for_weight if for_weight is None else for_weight.contiguous(), weight),

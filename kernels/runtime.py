@@ -37,6 +37,8 @@ class Runtime:
         choose: `(pass, spec, x, grad, weight, mask) -> Backend`; None runs masked dense.
         collecting: Whether the gradient of missing weights is collected (the window). Changed only between steps.
         collected: Sum of the dense weight gradients that went into the present `.grad`, or None.
+        masked: Address and version of the weight gradient that backward returned last, while nothing can have been
+            added to it unseen; None makes `reach` mask what arrives.
         current_grad: Returns the weight's `.grad`, to see whether a new accumulation begins.
     """
 
@@ -52,7 +54,7 @@ class Runtime:
         self._accumulated: tuple[int, int] | None = None
         self._staged: dict[int, Tensor] = {}
         self._total: Tensor | None = None
-        self._masked = 0
+        self.masked: tuple[int, int] | None = None
         self.handle = next(Runtime._handles)
         Runtime._by_handle[self.handle] = self
 
@@ -105,7 +107,7 @@ class Runtime:
             for_input = dgrad.dgrad(spec, grad, x, weight) if dgrad else None
             for_weight = wgrad.wgrad(spec, grad, x, weight, mask) if wgrad else None
         if for_weight is not None:
-            self._masked = for_weight.data_ptr()
+            self.masked = for_weight.data_ptr(), for_weight._version
         return for_input, for_weight, for_bias
 
     def _stage(self, dense: Tensor, mask: Tensor) -> None:
@@ -139,8 +141,8 @@ class Runtime:
         )
         if not continues:
             self.collected = None
-        masked = grad.data_ptr() == self._masked
-        self._masked = 0
+        masked = (grad.data_ptr(), grad._version) == self.masked
+        self.masked = None
         if self.collecting:
             wide = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
             staged = self._staged.pop(torch._C._current_graph_task_id(), None)

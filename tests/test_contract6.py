@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 import sparsefx
+from sparsefx import specialize
 from sparsefx.errors import TraceWarning
 from tests.masked_dense import (
     MOMENTUM,
@@ -72,6 +73,34 @@ def test_moment_is_zero_before_the_window_and_dense_inside(name: str) -> None:
         else:
             assert_same(model, optimizer, reference)
         assert_zero_missing(model)
+
+
+@pytest.mark.parametrize("backend", ["compaction", "sparse"])
+def test_a_backend_that_skips_missing_weights_collects_their_gradient_all_the_same(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At this density every layer has empty channels, so that both backends are candidates."""
+    place = 1 if backend == "compaction" else -1
+    monkeypatch.setattr(
+        specialize, "interleaved", lambda calls, device: [float(call is not calls[place]) for call in calls]
+    )
+    model, optimizer, reference = pair(window=3, density=0.03, steps_per_update=8, total_steps=20, dtype=torch.float32)
+    for step, batch in enumerate(batches(7, torch.float32), 1):
+        loss_of(model, batch).backward()
+        if step <= 5:
+            rows = sparsefx.summary(model).rows
+            assert {row.backends["wgrad"] for row in rows if row.name != "2"} == {backend}
+        for name, mask in sparsefx.masks(model).items():
+            grad = model.get_parameter(name).grad
+            assert grad is not None
+            assert not grad[~mask].any(), name
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.backward(batch)
+        reference.step(dense=step > 5)
+        assert_zero_missing(model)
+        if step > 5:
+            assert_same(model, optimizer, reference, rtol=1e-4)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -249,6 +278,8 @@ class Routes(nn.Module):
             x = self.first(x).tanh()
         elif self.route == "tied":
             return F.linear(self.second(self.first(x)).tanh(), self.first.weight.t())
+        elif self.route == "tied-first":
+            return self.second(self.first(F.linear(x, self.first.weight.t()).tanh()))
         elif self.route == "function":
             return self.second(F.linear(x, self.first.weight).tanh())
         elif self.route.startswith("checkpoint"):
@@ -259,7 +290,7 @@ class Routes(nn.Module):
         return self.second(self.first(x).tanh())
 
 
-ROUTES = ["twice", "shared", "attention", "tied", "function", "checkpoint", "checkpoint-reentrant"]
+ROUTES = ["twice", "shared", "attention", "tied", "tied-first", "function", "checkpoint", "checkpoint-reentrant"]
 
 
 def on_route(route: str) -> tuple[nn.Module, Optimizer, MaskedDense, list[Tensor]]:
