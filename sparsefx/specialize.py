@@ -62,9 +62,14 @@ class Plan:
         self.backends: dict[tuple, Backend] = {}
         self.choices: dict[Key, str] = {}
 
-    def stale(self, mask: Tensor) -> bool:
-        """Whether `mask` differs from the plan's; looks at the contents where version or storage moved."""
-        if _stamp(mask) == self.stamp:
+    def stale(self, mask: Tensor, look: bool = True) -> bool:
+        """Whether `mask` differs from the plan's.
+
+        Args:
+            look: Compare the contents even where version and storage have not moved: a write through `.data` or a
+                broadcast moves neither.
+        """
+        if not look and _stamp(mask) == self.stamp:
             return False
         if self.mask.device == mask.device and torch.equal(self.mask, mask):
             self.stamp = _stamp(mask)
@@ -147,7 +152,7 @@ class Specializer:
         mask: Tensor,
     ) -> Backend:
         """The backend for one pass of one call."""
-        plan = self._plan(runtime, mask, None, spec)
+        plan = self._plan(runtime, mask, None, look=kind == "fprop" and mask.device.type == "cpu")
         key = (kind, tuple(x.shape), str(x.dtype), _format(x))
         name = plan.choices.get(key)
         if name is None:
@@ -157,9 +162,9 @@ class Specializer:
             self.seconds += time.perf_counter() - start
         return self._backend(plan, name, spec)
 
-    def _plan(self, runtime: Runtime, mask: Tensor, layer: SparseLayer | None, spec: ConvSpec | None = None) -> Plan:
+    def _plan(self, runtime: Runtime, mask: Tensor, layer: SparseLayer | None, look: bool = True) -> Plan:
         plan = self._plans.get(runtime.handle)
-        if plan is None or plan.stale(mask):
+        if plan is None or plan.stale(mask, look):
             start = time.perf_counter()
             layer = layer or owners(runtime)[0]
             plan = self._plans[runtime.handle] = Plan(mask, layer.transposed, getattr(layer, "groups", 1))
