@@ -19,6 +19,7 @@ FLOORS = {
     "sparsefx.moments": 5,
     "sparsefx.update": 5,
     "sparsefx.specialize": 4,
+    "sparsefx.choices": 4,
     "sparsefx.graph": 3,
     "sparsefx.blocked": 2,
     "sparsefx.layers": 2,
