@@ -18,14 +18,14 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: i
     """Convolution with a masked weight.
 
     Args:
-        x: `[N, I, *space]`.
+        x: `[N, I, *space]`, or blocked, `[ceil(images / 16), I, H, W, 16]`.
         weight: `[O, I / groups, *taps]`, zero where `mask` is False; `[I, O / groups, *taps]` where transposed.
         bias: `[O]` or None.
         mask: Bool, of the weight's shape.
         handle: Of the layer's `Runtime`.
-        spec: Geometry.
+        spec: Geometry, and whether activations are blocked.
     Returns:
-        `[N, O, *space]`. The weight's gradient is zero where the mask is False.
+        `[N, O, *space]`, blocked like `x`. The weight's gradient is zero where the mask is False.
     """
     if torch.compiler.is_compiling():
         return torch.ops.sparsefx.conv(x, weight, bias, mask, handle, *spec)
@@ -85,14 +85,18 @@ def _conv_op(
     transposed: bool,
     output_padding: list[int],
     groups: int,
+    images: int,
 ) -> Tensor:
-    spec = ConvSpec(stride, padding, dilation, transposed, output_padding, groups)
+    spec = ConvSpec(stride, padding, dilation, transposed, output_padding, groups, images)
     return _strided(Runtime.of(handle).fprop(spec, x, weight, bias, mask), x)
 
 
 @_conv_op.register_fake
-def _(x, weight, bias, mask, handle, *spec):
-    out = torch.ops.aten.convolution(x, weight, bias, *spec)
+def _(x, weight, bias, mask, handle, *args):
+    spec = ConvSpec(*args)
+    if spec.images:
+        return x.new_empty((x.shape[0], weight.shape[0], *spec.space(x, weight), x.shape[4]))
+    out = torch.ops.aten.convolution(x, weight, bias, *spec.geometry)
     return _strided(torch.empty_like(out, memory_format=torch.contiguous_format), x)
 
 
@@ -109,9 +113,10 @@ def _conv_backward_op(
     transposed: bool,
     output_padding: list[int],
     groups: int,
+    images: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spec = ConvSpec(stride, padding, dilation, transposed, output_padding, groups)
+    spec = ConvSpec(stride, padding, dilation, transposed, output_padding, groups, images)
     for_input, for_weight, for_bias = _opaque_backward(handle, spec, grad, x, weight, mask, wanted)
     return (
         _empty_unless(for_input if for_input is None else _strided(for_input, x), x),
@@ -121,7 +126,7 @@ def _conv_backward_op(
 
 
 @_conv_backward_op.register_fake
-def _(grad, x, weight, mask, handle, stride, padding, dilation, transposed, output_padding, groups, wanted):
+def _(grad, x, weight, mask, handle, stride, padding, dilation, transposed, output_padding, groups, images, wanted):
     return (
         _strided(torch.empty_like(x, memory_format=torch.contiguous_format), x) if wanted[0] else x.new_empty(0),
         _strided(torch.empty_like(weight, memory_format=torch.contiguous_format), weight)

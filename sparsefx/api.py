@@ -70,7 +70,8 @@ def sparsify(
     layers = rewrite_(model, selection, density, distribution, units, seed)
     bound = Scheduler(config, layers, units, density, seed, specializer)
     bound.rebind(layers)
-    program = install(model, is_leaf=is_leaf, mixins=(Checked,), extras={"scheduler": bound, "dense": selection.dense})
+    extras = {"scheduler": bound, "dense": selection.dense}
+    program = install(model, is_leaf=is_leaf, mixins=(Checked,), extras=extras, choose=specializer.choose_graph)
     if example_inputs is not None:
         program.verify(model, *((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))
     return model

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from sparsefx.errors import BackendWarning
+from sparsefx.kernels.blocked import CONVERTED_DENSE, Converted
 from sparsefx.kernels.compaction import Compaction
 from sparsefx.kernels.cpu.build import CompilerUnavailable
 from sparsefx.kernels.reference import DENSE
-from sparsefx.kernels.runtime import Backend, Runtime
+from sparsefx.kernels.runtime import Backend, Runtime, dense_for
 from sparsefx.kernels.sparse_cpu import SparseCpu
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
 from sparsefx.layers import SparseLayer, owners
@@ -29,6 +30,8 @@ _MARGIN = 0.97
 _SPARSE_ENOUGH = 0.5
 """Sparse kernels are a candidate up to this density; above it dense ones always win."""
 _REPEATS = 5
+_HOPELESS = 1.5
+"""A candidate that takes this much longer than another is not run again."""
 BACKENDS: dict[str, Callable[[Tensor, ConvSpec | None], Backend]] = {
     "dense": lambda mask, spec: DENSE,
     "compaction": Compaction,
@@ -153,7 +156,7 @@ class Specializer:
     ) -> Backend:
         """The backend for one pass of one call."""
         plan = self._plan(runtime, mask, None, look=kind == "fprop" and mask.device.type == "cpu")
-        key = (kind, tuple(x.shape), str(x.dtype), _format(x))
+        key = (kind, tuple(x.shape), str(x.dtype), "blocked" if spec is not None and spec.images else _format(x))
         name = plan.choices.get(key)
         if name is None:
             self._calls.setdefault(runtime.handle, {})[key] = spec
@@ -161,6 +164,17 @@ class Specializer:
             name = plan.choices[key] = self._choose(plan, key, spec, weight, (x, grad))
             self.seconds += time.perf_counter() - start
         return self._backend(plan, name, spec)
+
+    def choose_graph(self, key: tuple, calls: list[Callable[[], Any]]) -> int:
+        """Index of the fastest of several equal graphs: dense stays 0, from the table or by measuring them."""
+        entry = repr((key, torch.get_num_threads()))
+        if entry not in self.table:
+            start = time.perf_counter()
+            times = interleaved(calls, torch.device("cpu"))
+            times[0] *= _MARGIN
+            self.table[entry] = str(times.index(min(times)))
+            self.seconds += time.perf_counter() - start
+        return int(self.table[entry])
 
     def _plan(self, runtime: Runtime, mask: Tensor, layer: SparseLayer | None, look: bool = True) -> Plan:
         plan = self._plans.get(runtime.handle)
@@ -176,7 +190,9 @@ class Specializer:
         key = (name, spec.key if spec else None)
         if key not in plan.backends:
             plan.backends[key] = BACKENDS[name](plan.mask, spec)
-        return plan.backends[key]
+        if spec is None or not spec.images or name == "sparse":
+            return plan.backends[key]
+        return CONVERTED_DENSE if name == "dense" else Converted(plan.backends[key])
 
     def _candidates(self, plan: Plan, spec: ConvSpec | None, x: Tensor) -> list[str]:
         """Names of the backends that may run a call, dense first."""
@@ -227,7 +243,7 @@ class Specializer:
     ) -> str:
         weight = weight.to(x.dtype)
         if kind != "fprop" and grad is None:
-            grad = torch.randn_like(DENSE.fprop(spec, x, weight, None))
+            grad = torch.randn_like(dense_for(spec).fprop(spec, x, weight, None))
 
         def run(backend: Backend) -> Callable[[], Tensor]:
             if kind == "fprop" or grad is None:
@@ -254,7 +270,7 @@ class _Chooser:
 
 
 def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
-    """Median seconds of each call, run in turn so that drift of the machine hits all alike."""
+    """Median seconds of each call, run in turn so that drift of the machine hits all alike; slow ones only once."""
 
     def timed(call: Callable[[], Any]) -> float:
         start = time.perf_counter()
@@ -265,8 +281,14 @@ def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[fl
 
     for call in calls:
         timed(call)
-    rounds = [[timed(call) for call in calls] for _ in range(_REPEATS)]
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+    times: list[list[float]] = [[] for _ in calls]
+    running = set(range(len(calls)))
+    for _ in range(_REPEATS):
+        for i in sorted(running):
+            times[i].append(timed(calls[i]))
+        best = min(min(times[i]) for i in running)
+        running = {i for i in running if min(times[i]) <= _HOPELESS * best}
+    return [statistics.median(column) for column in times]
 
 
 def machine() -> str:

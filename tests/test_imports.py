@@ -20,6 +20,7 @@ FLOORS = {
     "sparsefx.update": 5,
     "sparsefx.specialize": 4,
     "sparsefx.graph": 3,
+    "sparsefx.blocked": 2,
     "sparsefx.layers": 2,
     "sparsefx.masks": 1,
     "sparsefx.algorithms": 1,
