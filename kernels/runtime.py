@@ -100,7 +100,9 @@ class Runtime:
             return for_input, for_weight, for_bias
         choose = self.choose or (lambda *_: masked_dense)
         dgrad = choose("dgrad", spec, x, grad, weight, mask) if wanted[0] else None
-        wgrad = (masked_dense if self.collecting else choose("wgrad", spec, x, grad, weight, mask)) if wanted[1] else None
+        wgrad = (
+            (masked_dense if self.collecting else choose("wgrad", spec, x, grad, weight, mask)) if wanted[1] else None
+        )
         if wgrad is masked_dense:
             if dgrad is masked_dense and spec is not None:
                 for_input, dense = masked_dense.both(spec, grad, x, weight)

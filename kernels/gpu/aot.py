@@ -4,11 +4,12 @@ Run `python -m sparsefx.kernels aot`; a process of its own, because the interpre
 read, keeps Triton from compiling.
 """
 
+import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def cases() -> Iterator[Case]:
     """Everything that ships: each configuration in each type it serves, each geometry, and the helpers."""
     for precision, (dtype, _) in PRECISIONS.items():
         for kind, config in shipped_configs(dtype):
-            for geometry in GEOMETRIES:
+            for geometry in GEOMETRIES if kind == "dgrad" else ("conv 3x3", "pointwise"):
                 yield matrix_case(kind, precision, geometry, config)
             if kind == "wgrad":
                 yield matrix_case(kind, precision, "conv 3x3", config, dense=True)
@@ -207,16 +208,36 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     return sass, usage
 
 
-def versions() -> dict[str, str]:
-    """What the report depends on."""
-    return {"triton": triton.__version__, "torch": torch.__version__}
+def run(targets: list[str], wanted: Callable[[Case], bool] = lambda case: True) -> tuple[list[Report], list[str]]:
+    """Compile the cases that are `wanted` for each target and print a line each.
+
+    Returns:
+        The reports, and one line for each that must not ship.
+    """
+    reports, faults = [], []
+    with tempfile.TemporaryDirectory() as cache:
+        # The user's cache may hold what another source compiled to.
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for case in filter(wanted, cases()):
+            for target in targets:
+                report = compile_case(case, target)
+                reports.append(report)
+                fault = report.fault(case.matrix)
+                print(_line(report), fault and f"FAULT: {fault}", flush=True)
+                if fault:
+                    faults.append(f"{report.kernel} {report.label} {target} {report.config}: {fault}")
+    return reports, faults
 
 
-def rows(reports: list[Report]) -> list[dict[str, Any]]:
-    """Reports as JSON."""
-    return [asdict(report) for report in reports]
+def _line(r: Report) -> str:
+    return (
+        f"{r.target} {r.kernel:22s} {r.label:16s} {r.config:48s} {r.registers:3d} registers {r.spills:3d} spills "
+        f"{r.shared_bytes:6d} B shared  {'wgmma' if r.wgmma else '     '} {r.wide_loads:3d} of {r.loads:3d} loads wide"
+    )
 
 
-def cache_in(folder: str) -> None:
-    """Keep compiled kernels out of the user's cache: a report is of what this source compiles to now."""
-    os.environ["TRITON_CACHE_DIR"] = folder
+def save(path: Path, reports: list[Report]) -> None:
+    """Write reports as JSON, one a line."""
+    lines = ",\n ".join(json.dumps(asdict(report)) for report in reports)
+    head = json.dumps({"triton": triton.__version__, "torch": torch.__version__})
+    path.write_text(f'{{"versions": {head}, "rows": [\n {lines}\n]}}\n')
