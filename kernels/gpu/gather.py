@@ -83,6 +83,14 @@ def gather_kernel(
     list_start = tile.to(tl.int64) * capacity
     begin = tl.load(starts_ptr + tile * (PHASES + 1) + phase)
     end = tl.load(starts_ptr + tile * (PHASES + 1) + phase + 1)
+    # Rows on the M side: w [R, K] x [K, P]; on the N side: x [P, K] w [K, R]. These are the axes to insert.
+    R_AXIS: tl.constexpr = 1 if ROWS_FIRST else 0
+    OTHER_AXIS: tl.constexpr = 1 - R_AXIS
+    position = tl.expand_dims(position, OTHER_AXIS)
+    h0 = tl.expand_dims(h0, OTHER_AXIS)
+    w0 = tl.expand_dims(w0, OTHER_AXIS)
+    in_batch = tl.expand_dims(in_batch, OTHER_AXIS)
+    lane_w = tl.expand_dims(lane, R_AXIS)
     if ROWS_FIRST:
         acc = tl.full((BLOCK_ROWS, BLOCK_POSITIONS), 0, tl.float32)
     else:
@@ -91,7 +99,8 @@ def gather_kernel(
         slot = start + tl.arange(0, BLOCK_COLUMNS)
         live = slot < end
         column = tl.load(columns_ptr + list_start + slot, mask=live, other=0)
-        inside = live[:, None] & in_batch[None, :]
+        live_w = tl.expand_dims(live, OTHER_AXIS)
+        inside = tl.expand_dims(live, R_AXIS) & in_batch
         if BOUNDED:
             tap = column % TAPS
             if IS_DGRAD:
@@ -100,30 +109,30 @@ def gather_kernel(
             else:
                 dh = tap // KERNEL_W * DILATION_H - PAD_H
                 dw = tap % KERNEL_W * DILATION_W - PAD_W
-            h = h0[None, :] + dh[:, None]
-            w = w0[None, :] + dw[:, None]
+            h = h0 + tl.expand_dims(dh, R_AXIS)
+            w = w0 + tl.expand_dims(dw, R_AXIS)
             inside = inside & (h >= 0) & (h < src_h) & (w >= 0) & (w < src_w)
             source = ((column // TAPS).to(tl.int64) * src_h * src_w + dh * src_w + dw) * batch
         else:
             source = column.to(tl.int64) * src_h * src_w * batch
-        x_KP = tl.load(x_ptr + source[:, None] + position[None, :], mask=inside, other=0)
-        w_KR = tl.load(w_ptr + (list_start + slot)[:, None] * BLOCK_ROWS + lane[None, :], mask=live[:, None], other=0)
+        x = tl.load(x_ptr + tl.expand_dims(source, R_AXIS) + position, mask=inside, other=0)
+        w_offset = tl.expand_dims((list_start + slot) * BLOCK_ROWS, OTHER_AXIS) + lane_w
+        weight = tl.load(w_ptr + w_offset, mask=live_w, other=0)
         if UPCAST:
-            x_KP = x_KP.to(tl.float32)
-            w_KR = w_KR.to(tl.float32)
+            x = x.to(tl.float32)
+            weight = weight.to(tl.float32)
         if ROWS_FIRST:
-            acc = tl.dot(tl.trans(w_KR), x_KP, acc, input_precision=PRECISION)
+            acc = tl.dot(weight, x, acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(tl.trans(x_KP), w_KR, acc, input_precision=PRECISION)
-    if not ROWS_FIRST:
-        acc = tl.trans(acc)
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
     row = tl.load(rows_ptr + tile * BLOCK_ROWS + lane)
-    stored = (row >= 0)[:, None] & in_batch[None, :]
     result = ((phase_h + u * PHASES_H).to(tl.int64) * dst_w + phase_w + v * PHASES_W) * batch + n
-    offset = row.to(tl.int64)[:, None] * dst_h * dst_w * batch + result[None, :]
+    row_w = tl.expand_dims(row, R_AXIS)
+    stored = (row_w >= 0) & in_batch
+    offset = row_w.to(tl.int64) * dst_h * dst_w * batch + tl.expand_dims(result, OTHER_AXIS)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + row, mask=row >= 0, other=0).to(tl.float32)[:, None]
+        acc += tl.load(bias_ptr + row_w, mask=row_w >= 0, other=0).to(tl.float32)
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + offset, mask=stored, other=0).to(tl.float32)
     if RELU:

@@ -53,6 +53,8 @@ def wgrad_kernel(
 ):
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     BOUNDED: tl.constexpr = TAPS > 1 or PAD_H > 0 or PAD_W > 0
+    R_AXIS: tl.constexpr = 1 if ROWS_FIRST else 0
+    K_AXIS: tl.constexpr = 1 - R_AXIS
     batch = batch_units * BATCH_VECTOR
     total = dst_h * dst_w * batch
     if DENSE:
@@ -88,6 +90,13 @@ def wgrad_kernel(
         source = ((column // TAPS).to(tl.int64) * src_h * src_w + dh * src_w + dw) * batch
         g_row = row.to(tl.int64) * total
 
+        # Rows on the M side: g [R, P] x [P, K]; on the N side: x [K, P] g [P, R]. These are the axes to insert.
+        source = tl.expand_dims(source, K_AXIS)
+        dh = tl.expand_dims(dh, K_AXIS)
+        dw = tl.expand_dims(dw, K_AXIS)
+        live = tl.expand_dims(live, K_AXIS)
+        exists = tl.expand_dims(exists, R_AXIS)
+        g_row = tl.expand_dims(g_row, R_AXIS)
         if ROWS_FIRST:
             acc = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), 0, tl.float32)
         else:
@@ -97,28 +106,27 @@ def wgrad_kernel(
         for start in range(first, stop, BLOCK_POSITIONS):
             p = start + tl.arange(0, BLOCK_POSITIONS)
             in_batch = p < stop
-            n = p % batch
             h0 = p // batch // dst_w * STRIDE_H
             w0 = p // batch % dst_w * STRIDE_W
-            position = (h0.to(tl.int64) * src_w + w0) * batch + n
-            inside = live[:, None] & in_batch[None, :]
+            position = (h0.to(tl.int64) * src_w + w0) * batch + p % batch
+            inside = live & tl.expand_dims(in_batch, R_AXIS)
             if BOUNDED:
-                h = h0[None, :] + dh[:, None]
-                w = w0[None, :] + dw[:, None]
+                h = tl.expand_dims(h0, R_AXIS) + dh
+                w = tl.expand_dims(w0, R_AXIS) + dw
                 inside = inside & (h >= 0) & (h < src_h) & (w >= 0) & (w < src_w)
-            x_KP = tl.load(x_ptr + source[:, None] + position[None, :], mask=inside, other=0)
-            g_RP = tl.load(g_ptr + g_row[:, None] + p[None, :], mask=exists[:, None] & in_batch[None, :], other=0)
+            x = tl.load(x_ptr + source + tl.expand_dims(position, R_AXIS), mask=inside, other=0)
+            g_inside = exists & tl.expand_dims(in_batch, K_AXIS)
+            g = tl.load(g_ptr + g_row + tl.expand_dims(p, K_AXIS), mask=g_inside, other=0)
             if UPCAST:
-                x_KP = x_KP.to(tl.float32)
-                g_RP = g_RP.to(tl.float32)
+                x = x.to(tl.float32)
+                g = g.to(tl.float32)
             if ROWS_FIRST:
-                acc = tl.dot(g_RP, tl.trans(x_KP), acc, input_precision=PRECISION)
+                acc = tl.dot(g, x, acc, input_precision=PRECISION)
             else:
-                acc = tl.dot(x_KP, tl.trans(g_RP), acc, input_precision=PRECISION)
-        if not ROWS_FIRST:
-            acc = tl.trans(acc)
+                acc = tl.dot(x, g, acc, input_precision=PRECISION)
         place = (split * tiles + tile).to(tl.int64) * BLOCK_ROWS + lane
-        tl.store(partial_ptr + place[:, None] * capacity + slot[None, :], acc, mask=live[None, :])
+        target = tl.expand_dims(place * capacity, R_AXIS) + tl.expand_dims(slot, K_AXIS)
+        tl.store(partial_ptr + target, acc, mask=live)
 
 
 @kernel(lambda constants: "dense_wgrad_sum_kernel" if constants["DENSE"] else "wgrad_sum_kernel")
