@@ -242,16 +242,26 @@ class _Layout:
 
         def build(node: fx.Node) -> None:
             x, *rest = node.args
-            function = node.target
-            if node.op == "call_module":
-                function = self.new.get_attr(str(node.target))
-            elif node.op == "call_method":
-                function = getattr(Tensor, str(node.target))
             count = (self.counts[x],) if images else ()
-            args = (function, self.blocks[x], *count, *map_arg(rest, self.plain))
-            self._put(node, self.new.call_function(wrapper, args, map_arg(node.kwargs, self.plain)), x)
+            args = (self.blocks[x], *count, *map_arg(rest, self.plain))
+            target = wrapper
+            if node.op == "call_module":
+                args = (self.new.get_attr(str(node.target)), *args)
+            else:
+                target = _bind(wrapper, getattr(Tensor, node.target) if node.op == "call_method" else node.target)
+            self._put(node, self.new.call_function(target, args, map_arg(node.kwargs, self.plain)), x)
 
         return build
+
+
+def _bind(wrapper: Callable, function: Callable) -> Callable:
+    """`wrapper` with its first argument, under a name for the graph's code."""
+
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(function, *args, **kwargs)
+
+    bound.__name__ = bound.__qualname__ = f"{wrapper.__name__}_{function.__name__}"
+    return bound
 
 
 def _is_node(value: Any) -> bool:
