@@ -28,16 +28,22 @@ from sparsefx.kernels.gpu.wgrad import sum_kernel, wgrad_kernel
 
 TARGETS = {"sm_80": 80, "sm_90": 90}
 PRECISIONS = {
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "fp16": (torch.float16, "ieee"),
     "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
 }
 GEOMETRIES = {
     "conv 3x3": Geometry("conv", (3, 3), (1, 1), (1, 1), (1, 1)),
     "conv 3x3/2": Geometry("conv", (3, 3), (2, 2), (1, 1), (1, 1)),
     "pointwise": Geometry("pointwise", (1, 1), (1, 1), (0, 0), (1, 1)),
 }
+_GEOMETRIES = {
+    "fprop": ("conv 3x3", "pointwise"),
+    "dgrad": ("conv 3x3", "conv 3x3/2"),
+    "wgrad": ("conv 3x3",),
+}
+"""Those that a pass compiles differently; a linear layer is a pointwise one, and their input gradients are too."""
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
@@ -144,7 +150,7 @@ def cases() -> Iterator[Case]:
     """Everything that ships: each configuration in each type it serves, each geometry, and the helpers."""
     for precision, (dtype, _) in PRECISIONS.items():
         for kind, config in shipped_configs(dtype):
-            for geometry in GEOMETRIES if kind == "dgrad" else ("conv 3x3", "pointwise"):
+            for geometry in _GEOMETRIES[kind]:
                 yield matrix_case(kind, precision, geometry, config)
             if kind == "wgrad":
                 yield matrix_case(kind, precision, "conv 3x3", config, dense=True)
