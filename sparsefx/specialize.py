@@ -5,7 +5,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsefx import choices
 from sparsefx.errors import BackendWarning
 from sparsefx.kernels.blocked import CONVERTED_DENSE, Converted
 from sparsefx.kernels.compaction import Compaction
@@ -110,9 +111,11 @@ class Specializer:
         rebuilds: How often each layer's plan was built.
         seconds: Time spent building plans and measuring.
         missing: Why the CPU kernels cannot be built; empty if they can.
+        identity: Of the model, for choices between its graphs that are kept on disk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, identity: str = "") -> None:
+        self.identity = identity
         self.table: dict[str, str] = {}
         self.rebuilds: dict[str, int] = {}
         self.seconds = 0.0
@@ -139,6 +142,12 @@ class Specializer:
             chosen.update({key[0]: name for key, name in plan.choices.items()})
         return chosen
 
+    def calls(self, layer: SparseLayer, backend: str) -> list[tuple[str, torch.Size, ConvSpec | None]]:
+        """Pass, shape of the input and geometry of the calls that run on a backend."""
+        plan = self.plan(layer)
+        seen = self._calls.get(layer.handle, {})
+        return [(key[0], torch.Size(key[1]), spec) for key, spec in seen.items() if plan.choices.get(key) == backend]
+
     def respecialize(self, layers: list[SparseLayer]) -> None:
         """Rebuild the plans of layers whose masks changed, and choose again for every call seen so far."""
         for layer in layers:
@@ -154,9 +163,9 @@ class Specializer:
         return {"machine": machine(), "table": dict(self.table)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replay saved choices; those of another machine are dropped and measured again."""
-        same = state["machine"] == machine()
-        if not same and state["table"]:
+        """Replay saved choices; those of another machine are dropped and measured again, as all are on request."""
+        same = state["machine"] == machine() and choices.mode() != "measure"
+        if state["machine"] != machine() and state["table"]:
             warnings.warn(
                 f"backend choices: expected those of {machine()}, got those of another machine ({state['machine']}); "
                 "they are measured again, and results may differ in the last bits",
@@ -194,13 +203,30 @@ class Specializer:
     def choose_graph(self, key: tuple, calls: list[Callable[[], Any]]) -> int:
         """Index of the fastest of several equal graphs: dense stays 0, from the table or by measuring them."""
         entry = repr((key, torch.get_num_threads()))
-        if entry not in self.table:
+        names = [str(index) for index in range(len(calls))]
+        known = self._known(entry, names, f"{self.identity} ")
+        if known is None:
             start = time.perf_counter()
             times = interleaved(calls, torch.device("cpu"))
             times[0] *= _MARGIN
-            self.table[entry] = str(times.index(min(times)))
+            known = self._keep(entry, names[times.index(min(times))], f"{self.identity} ")
             self.seconds += time.perf_counter() - start
-        return int(self.table[entry])
+        return int(known)
+
+    def _known(self, entry: str, names: Iterable[str], prefix: str = "") -> str | None:
+        """The choice among `names` for an entry: this model's, else the one on disk."""
+        found = self.table.get(entry)
+        if found not in names:
+            found = choices.known(prefix + entry)
+        if found is None or found not in names:
+            return None
+        self.table[entry] = found
+        return found
+
+    def _keep(self, entry: str, choice: str, prefix: str = "") -> str:
+        self.table[entry] = choice
+        choices.keep(prefix + entry, choice)
+        return choice
 
     def _plan(self, runtime: Runtime, mask: Tensor, layer: SparseLayer | None, look: bool = True) -> Plan:
         plan = self._plans.get(runtime.handle)
@@ -230,20 +256,26 @@ class Specializer:
             names.append("compaction")
         kernels = sparse_kernels(x.device)
         sparse = kernels is not None and plan.nnz <= _SPARSE_ENOUGH * plan.mask.numel()
-        sparse = sparse and kernels.supports(spec, x, plan.mask)
-        if sparse and (x.is_cuda or not self.missing):
-            try:
-                self._backend(plan, "sparse", spec)
-                names.append("sparse")
-            except CompilerUnavailable as error:
-                self.missing = str(error)
-                warnings.warn(
-                    f"CPU kernels: expected a C++ compiler, got none that works ({error}); sparse layers run dense or "
-                    "compacted instead. Install g++ and start again",
-                    BackendWarning,
-                    stacklevel=2,
-                )
+        if sparse and kernels.supports(spec, x, plan.mask) and self._builds(plan, spec):
+            names.append("sparse")
         return names
+
+    def _builds(self, plan: Plan, spec: ConvSpec | None) -> bool:
+        """Whether the sparse kernels can be built here."""
+        if self.missing and not plan.mask.is_cuda:
+            return False
+        try:
+            self._backend(plan, "sparse", spec)
+        except CompilerUnavailable as error:
+            self.missing = str(error)
+            warnings.warn(
+                f"CPU kernels: expected a C++ compiler, got none that works ({error}); sparse layers run dense or "
+                "compacted instead. Install g++ and start again",
+                BackendWarning,
+                stacklevel=2,
+            )
+            return False
+        return True
 
     def _choose(
         self, plan: Plan, key: Key, spec: ConvSpec | None, weight: Tensor, call: tuple[Tensor, Tensor | None] | None
@@ -251,14 +283,13 @@ class Specializer:
         """Name of the fastest candidate, from the table or by measuring them."""
         geometry = (tuple(plan.mask.shape), spec.key if spec else None)
         entry = repr((*geometry, key, *_buckets(plan), torch.get_num_threads()))
-        known = self.table.get(entry)
-        if known is not None and known in BACKENDS and not (known == "sparse" and self.missing and not weight.is_cuda):
+        known = self._known(entry, BACKENDS)
+        if known is not None and (known != "sparse" or self._builds(plan, spec)):
             return known
         x, grad = call if call is not None else _sample(key, weight)
         names = self._candidates(plan, spec, x)
         if len(names) > 1:
-            self.table[entry] = self._fastest(names, plan, key[0], spec, x, grad, weight.detach())
-            return self.table[entry]
+            return self._keep(entry, self._fastest(names, plan, key[0], spec, x, grad, weight.detach()))
         return "dense"
 
     @torch.no_grad()
