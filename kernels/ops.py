@@ -67,7 +67,8 @@ def _empty_unless(tensor: Tensor | None, like: Tensor) -> Tensor:
 def _opaque_backward(handle: int, *args: Any) -> tuple[Tensor | None, ...]:
     """Backward inside a compiled graph, which may add to the weight gradient in place without a trace."""
     runtime = Runtime.of(handle)
-    grads = runtime.backward(*args)
+    with torch.no_grad():
+        grads = runtime.backward(*args)
     runtime.masked = None
     return grads
 
@@ -196,3 +197,29 @@ _conv_op.register_autograd(_backward, setup_context=_keep)
 _linear_op.register_autograd(_backward, setup_context=_keep)
 _conv_backward_op.register_autograd(_no_double_backward, setup_context=_keep_handle)
 _linear_backward_op.register_autograd(_no_double_backward, setup_context=_keep_handle)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if castable else value
+
+
+def _register_autocast(name: str, device: str, key: str) -> None:
+    """Make an operator compute in the type that autocast asks for; `register_autocast` has one type for all."""
+    operator = getattr(torch.ops.sparsefx, name).default
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
+
+    def kernel(_: Any, *args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return operator(*(_cast(arg, dtype) for arg in args))
+
+    _LIBRARY.impl(name, kernel, key, with_keyset=True)
+
+
+_LIBRARY = torch.library.Library("sparsefx", "FRAGMENT")
+for _name in ("conv", "linear"):
+    _register_autocast(_name, "cpu", "AutocastCPU")
+    _register_autocast(_name, "cuda", "AutocastCUDA")

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,10 +34,23 @@ _SPARSE_ENOUGH = 0.5
 _REPEATS = 5
 _HOPELESS = 1.5
 """A candidate that takes this much longer than another is not run again."""
+
+
+def sparse_kernels(device: torch.device) -> Any:
+    """The backend class with sparse kernels for a device, None where there is none."""
+    if device.type != "cuda":
+        return SparseCpu
+    if find_spec("triton") is None:
+        return None
+    from sparsefx.kernels.sparse_gpu import SparseGpu
+
+    return SparseGpu
+
+
 BACKENDS: dict[str, Callable[[Tensor, ConvSpec | None], Backend]] = {
     "dense": lambda mask, spec: DENSE,
     "compaction": Compaction,
-    "sparse": SparseCpu,
+    "sparse": lambda mask, spec: sparse_kernels(mask.device)(mask, spec),
 }
 
 Key = tuple
@@ -66,6 +80,14 @@ class Plan:
         self.backends: dict[tuple, Backend] = {}
         self.choices: dict[Key, str] = {}
 
+    def keep(self, backends: dict[tuple, Backend]) -> None:
+        """Take over those of an earlier plan that change in place, as captured CUDA graphs hold their addresses."""
+        for key, backend in backends.items():
+            update = getattr(backend, "update_", None)
+            if update is not None:
+                update(self.mask)
+                self.backends[key] = backend
+
     def stale(self, mask: Tensor, look: bool = True) -> bool:
         """Whether `mask` differs from the plan's.
 
@@ -75,7 +97,7 @@ class Plan:
         """
         if not look and _stamp(mask) == self.stamp:
             return False
-        if self.mask.device == mask.device and torch.equal(self.mask, mask):
+        if self.mask.device == mask.device and _same(self.mask, mask):
             self.stamp = _stamp(mask)
             return False
         return True
@@ -167,6 +189,10 @@ class Specializer:
         plan = self._plan(runtime, mask, None, look=kind == "fprop" and mask.device.type == "cpu")
         key = (kind, tuple(x.shape), str(x.dtype), "blocked" if spec is not None and spec.images else _format(x))
         name = plan.choices.get(key)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            # A captured graph outlives the mask: it may hold dense kernels and those whose lists change in place.
+            kept = ("sparse", spec.key if spec else None) in plan.backends
+            return self._backend(plan, "sparse" if name == "sparse" and kept else "dense", spec)
         if name is None:
             self._calls.setdefault(runtime.handle, {})[key] = spec
             start = time.perf_counter()
@@ -207,7 +233,10 @@ class Specializer:
         if plan is None or plan.stale(mask, look):
             start = time.perf_counter()
             layer = layer or owners(runtime)[0]
-            plan = self._plans[runtime.handle] = Plan(mask, layer.transposed, getattr(layer, "groups", 1))
+            fresh = Plan(mask, layer.transposed, getattr(layer, "groups", 1))
+            if plan is not None and plan.mask.device == mask.device:
+                fresh.keep(plan.backends)
+            plan = self._plans[runtime.handle] = fresh
             self.rebuilds[runtime.name] = self.rebuilds.get(runtime.name, 0) + 1
             self.seconds += time.perf_counter() - start
         return plan
@@ -225,14 +254,15 @@ class Specializer:
         names = ["dense"]
         if plan.compacts:
             names.append("compaction")
-        sparse = plan.nnz <= _SPARSE_ENOUGH * plan.mask.numel() and SparseCpu.supports(spec, x, plan.mask)
-        if sparse and self._builds(plan, spec):
+        kernels = sparse_kernels(x.device)
+        sparse = kernels is not None and plan.nnz <= _SPARSE_ENOUGH * plan.mask.numel()
+        if sparse and kernels.supports(spec, x, plan.mask) and self._builds(plan, spec):
             names.append("sparse")
         return names
 
     def _builds(self, plan: Plan, spec: ConvSpec | None) -> bool:
-        """Whether the CPU kernels can be built here."""
-        if self.missing:
+        """Whether the sparse kernels can be built here."""
+        if self.missing and not plan.mask.is_cuda:
             return False
         try:
             self._backend(plan, "sparse", spec)
@@ -244,7 +274,8 @@ class Specializer:
                 BackendWarning,
                 stacklevel=2,
             )
-        return not self.missing
+            return False
+        return True
 
     def _choose(
         self, plan: Plan, key: Key, spec: ConvSpec | None, weight: Tensor, call: tuple[Tensor, Tensor | None] | None
@@ -333,6 +364,13 @@ def _sample(key: Key, weight: Tensor) -> tuple[Tensor, None]:
     _, shape, dtype, layout = key
     x = torch.randn(shape, device=weight.device).to(getattr(torch, dtype.removeprefix("torch.")))
     return (x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x), None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two bool tensors are equal, eight at a time where they are contiguous."""
+    if one.numel() % 8 == 0 and one.is_contiguous() and other.is_contiguous():
+        one, other = one.view(-1).view(torch.int64), other.view(-1).view(torch.int64)
+    return torch.equal(one, other)
 
 
 def _stamp(mask: Tensor) -> tuple[int, int]:
