@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from sparsefx.algorithms import SparseMomentum
 from sparsefx.checkpoint import Checked
 from sparsefx.config import Granularity, check_density
+from sparsefx.distributed import ignore_masks
 from sparsefx.errors import LayerError
 from sparsefx.graph.install import check_names, install
 from sparsefx.graph.rewrite import Distribution, rewrite_
@@ -71,6 +72,7 @@ def sparsify(
     bound = Scheduler(config, layers, units, density, seed, specializer)
     bound.rebind(layers)
     program = install(model, is_leaf=is_leaf, mixins=(Checked,), extras={"scheduler": bound, "dense": selection.dense})
+    ignore_masks(model)
     if example_inputs is not None:
         program.verify(model, *((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))
     return model

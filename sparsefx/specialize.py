@@ -253,6 +253,13 @@ class _Chooser:
         return self.specializer.backend(self.runtime, kind, spec, x, grad, weight, mask)
 
 
+def plan_of(layer: SparseLayer) -> Plan:
+    """The layer's plan as its last forward verified it, without another look at the mask's contents."""
+    chooser = layer.runtime.choose
+    assert isinstance(chooser, _Chooser)
+    return chooser.specializer._plan(layer.runtime, layer.weight_mask, layer, look=False)
+
+
 def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
     """Median seconds of each call, run in turn so that drift of the machine hits all alike."""
 
