@@ -90,4 +90,6 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
         Bool tensors of the weights' shapes, True where a weight exists, by the weight's name in `state_dict`. They are
         the model's own, not copies.
     """
+    if isinstance(model, Checked):
+        model.scheduler.settle()
     return {f"{name}.weight".lstrip("."): layer.weight_mask for name, layer in sparse_layers(model)}

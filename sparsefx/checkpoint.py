@@ -15,11 +15,16 @@ from sparsefx.scheduler import Scheduler
 class Checked(nn.Module):
     """Mixin of a sparsified model's class: `load_state_dict` checks first, and copies drive their own layers."""
 
+    scheduler: Scheduler
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        scheduler = self.scheduler
-        assert isinstance(scheduler, Scheduler)
-        scheduler.rebind({f"{name}.weight".lstrip("."): layer for name, layer in sparse_layers(self)})
+        self.scheduler.rebind({f"{name}.weight".lstrip("."): layer for name, layer in sparse_layers(self)})
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's keys, and the masks."""
+        self.scheduler.settle()
+        return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a sparse or a dense checkpoint; a dense one leaves the masks and zeroes the missing weights.

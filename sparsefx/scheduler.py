@@ -58,6 +58,7 @@ class Scheduler:
             name: Units.of(layer.weight.shape, granularity, layer.transposed) for name, layer in layers.items()
         }
         self.target = target_count(density, sum(layer.weight_mask.numel() for layer in layers.values()))
+        self._source: weakref.ref[Scheduler] | None = None
         self._rules = {
             kind: resolve(kind, getattr(config, kind)) for kind in ("decay", "prune", "redistribute", "grow")
         }
@@ -309,8 +310,43 @@ class Scheduler:
             "backends": self.specializer.backends(self.layers[name]),
         }
 
+    def synchronize(self) -> None:
+        """Give every rank the mean of what the ranks have collected so far; all of them call it.
+
+        A checkpoint that one rank saves inside a window needs it; elsewhere it does nothing.
+        """
+        self.window.reduce()
+
+    def settle(self) -> None:
+        """Put a copy's masks and missing weights right after averaging (`torch.optim.swa_utils.AveragedModel`).
+
+        An average has weights where the source had any before, and with `use_buffers=True` the union of its masks. It
+        then holds the source's current masks. Called by whatever reads the masks of a copy.
+        """
+        source = self._source and self._source()
+        if source is None or self.attached:
+            return
+        if self._count() > source._count():
+            for name, layer in self.layers.items():
+                layer.set_mask_(source.layers[name].weight_mask.to(layer.weight_mask.device))
+        for layer in self.layers.values():
+            layer.zero_missing_()
+
+    def _count(self) -> int:
+        return sum(int(layer.weight_mask.sum()) for layer in self.layers.values())
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs beside the model's and the optimizer's state; plain values only."""
+        if self.window.partial:
+            warnings.warn(
+                f"scheduler: expected a state of all ranks, got rank {self.window.ranks.rank}'s share of the gradient of "
+                "missing weights; let all ranks call model.scheduler.synchronize() before one saves",
+                UpdateWarning,
+                stacklevel=2,
+            )
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         return {
             "shapes": {name: list(layer.weight_mask.shape) for name, layer in self.layers.items()},
             "density": self.density,
@@ -333,7 +369,7 @@ class Scheduler:
             CheckpointError: the state is of other layers or of another density, granularity or prune rate; nothing is
                 changed.
         """
-        mine = self.state_dict()
+        mine = self._state()
         for key in ("density", "granularity", "prune_rate", "shapes"):
             if state[key] != mine[key]:
                 raise CheckpointError(
@@ -347,7 +383,7 @@ class Scheduler:
         self.seed = state["seed"]
         self.step = state["step"]
         self.window.folds = state["folds"]
-        self.window.stale = False
+        self.window.stale = self.window.partial = False
         self.history = copy.deepcopy(state["history"])
         self.specializer.load_state_dict(state["specializer"])
         if self._optimizers:
@@ -361,16 +397,25 @@ class Scheduler:
         state = self.__dict__.copy()
         for name in ("_optimizers", "_handles", "_counts", "window"):
             del state[name]
-        state.update(step=0, _steps_per_update=0, _total_steps=0, history=list(self.history))
+        state.update(_source=None, step=0, _steps_per_update=0, _total_steps=0, history=list(self.history))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._detach_state()
 
+    def __deepcopy__(self, memo: dict) -> "Scheduler":
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        other._source = weakref.ref(self)
+        return other
+
     def rebind(self, layers: dict[str, SparseLayer]) -> None:
         """Drive these layers: the ones of a copied or unpickled model."""
         self.layers = self.window.layers = layers
+        me = weakref.ref(self)
+        self.specializer.settle = partial(_settle, me)
         for layer in layers.values():
             self.specializer.adopt(layer)
 
@@ -379,3 +424,9 @@ def _after_step(scheduler: "weakref.ref[Scheduler]", index: int, *_: Any) -> Non
     found = scheduler()
     if found is not None:
         found._on_step(index)
+
+
+def _settle(scheduler: "weakref.ref[Scheduler]") -> None:
+    found = scheduler()
+    if found is not None:
+        found.settle()

@@ -85,6 +85,7 @@ class Specializer:
         rebuilds: How often each layer's plan was built.
         seconds: Time spent building plans and measuring.
         missing: Why the CPU kernels cannot be built; empty if they can.
+        settle: Called before a plan is built anew, to put the masks of an averaged copy right.
     """
 
     def __init__(self) -> None:
@@ -92,11 +93,20 @@ class Specializer:
         self.rebuilds: dict[str, int] = {}
         self.seconds = 0.0
         self.missing = ""
+        self.settle: Callable[[], None] = _nothing
         self._plans: dict[int, Plan] = {}
         self._calls: dict[int, dict[Key, ConvSpec | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "table": dict(self.table), "rebuilds": {}, "seconds": 0.0, "_plans": {}, "_calls": {}}
+        return {
+            **self.__dict__,
+            "table": dict(self.table),
+            "rebuilds": {},
+            "seconds": 0.0,
+            "_plans": {},
+            "_calls": {},
+            "settle": _nothing,
+        }
 
     def adopt(self, layer: SparseLayer) -> None:
         """Choose the layer's backends from now on."""
@@ -165,6 +175,7 @@ class Specializer:
     def _plan(self, runtime: Runtime, mask: Tensor, layer: SparseLayer | None, look: bool = True) -> Plan:
         plan = self._plans.get(runtime.handle)
         if plan is None or plan.stale(mask, look):
+            self.settle()
             start = time.perf_counter()
             layer = layer or owners(runtime)[0]
             plan = self._plans[runtime.handle] = Plan(mask, layer.transposed, getattr(layer, "groups", 1))
@@ -251,6 +262,10 @@ class _Chooser:
         self, kind: str, spec: ConvSpec | None, x: Tensor, grad: Tensor | None, weight: Tensor, mask: Tensor
     ) -> Backend:
         return self.specializer.backend(self.runtime, kind, spec, x, grad, weight, mask)
+
+
+def _nothing() -> None:
+    pass
 
 
 def plan_of(layer: SparseLayer) -> Plan:
