@@ -130,7 +130,8 @@ class Scheduler:
             if not any(owner is one for owner, _ in places.values()):
                 raise SchedulerError(
                     f"attach: expected an optimizer with sparse weights, got {type(one).__name__} without any; "
-                    "build it from model.parameters() and attach that one"
+                    "build it from model.parameters() and attach that one (for fp32 master weights, keep the model in "
+                    "fp32 and run it under autocast)"
                 )
         window.ranks.agree(
             {name: [layer.weight_mask] for name, layer in self.layers.items()},
@@ -162,8 +163,7 @@ class Scheduler:
         """Remove the hooks; the masks stay as they are."""
         for handle in self._handles:
             handle.remove()
-        for layer in self.layers.values():
-            layer.runtime.collecting, layer.runtime.collected = False, None
+        self.window.set_open(False)
         self._detach_state()
 
     @property
@@ -336,11 +336,15 @@ class Scheduler:
         return sum(int(layer.weight_mask.sum()) for layer in self.layers.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs beside the model's and the optimizer's state; plain values only."""
+        """Everything that resuming needs beside the model's and the optimizer's state; plain values only.
+
+        What grows is in tuples: torch.distributed.checkpoint takes lists and dicts apart by the keys of the state that
+        it loads into.
+        """
         if self.window.partial:
             warnings.warn(
-                f"scheduler: expected a state of all ranks, got rank {self.window.ranks.rank}'s share of the gradient of "
-                "missing weights; let all ranks call model.scheduler.synchronize() before one saves",
+                f"scheduler: expected a state of all ranks, got rank {self.window.ranks.rank}'s share of the gradient "
+                "of missing weights; let all ranks call model.scheduler.synchronize() before one saves",
                 UpdateWarning,
                 stacklevel=2,
             )
@@ -358,7 +362,7 @@ class Scheduler:
             "folds": self.window.folds,
             "steps_per_update": self._steps_per_update,
             "total_steps": self._total_steps,
-            "history": copy.deepcopy(self.history),
+            "history": tuple(copy.deepcopy(self.history)),
             "specializer": self.specializer.state_dict(),
         }
 
@@ -384,7 +388,7 @@ class Scheduler:
         self.step = state["step"]
         self.window.folds = state["folds"]
         self.window.stale = self.window.partial = False
-        self.history = copy.deepcopy(state["history"])
+        self.history = [copy.deepcopy(row) for row in state["history"]]
         self.specializer.load_state_dict(state["specializer"])
         if self._optimizers:
             self._counts = list(state["counts"]) or [self.step] * len(self._optimizers)

@@ -136,7 +136,7 @@ class Specializer:
 
     def state_dict(self) -> dict[str, Any]:
         """The choices and the machine they were measured on."""
-        return {"machine": machine(), "table": dict(self.table)}
+        return {"machine": machine(), "table": tuple(self.table.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replay saved choices; those of another machine are dropped and measured again."""

@@ -90,7 +90,8 @@ class Window:
             self.clear_missing()
             self.stale = False
         self._fold(mine, optimizer)
-        for name in mine:
+        known = moments.leaves_zeros(optimizer)
+        for name in mine if known else (n for n, (one, _) in self.places().items() if one is optimizer):
             self.layers[name].zero_missing_()
         if self._fresh:
             self.note_fresh()

@@ -13,6 +13,7 @@ FLOORS = {
     "sparsefx.api": 6,
     "sparsefx.bench": 6,
     "sparsefx.checkpoint": 6,
+    "sparsefx.integrations": 6,
     "sparsefx.models": 6,
     "sparsefx.summary": 6,
     "sparsefx.scheduler": 5,
@@ -32,6 +33,7 @@ FLOORS = {
 }
 PACKAGES = {"sparsefx": ROOT / "sparsefx", "sparsefx.kernels": ROOT / "kernels"}
 THIRD_PARTY = {"torch", "numpy", "triton"}
+OPTIONAL = {"sparsefx.integrations.lightning": {"lightning"}, "sparsefx.integrations.transformers": {"transformers"}}
 
 
 def find_modules() -> dict[str, Path]:
@@ -92,7 +94,9 @@ def test_imports_go_down(module: str) -> None:
 def test_only_declared_dependencies(module: str) -> None:
     for line, name in imports(module, MODULES[module].read_text()):
         top = name.partition(".")[0]
-        assert top in THIRD_PARTY | {"sparsefx"} | sys.stdlib_module_names, f"{module}:{line} imports {name}"
+        assert top in THIRD_PARTY | OPTIONAL.get(module, set()) | {"sparsefx"} | sys.stdlib_module_names, (
+            f"{module}:{line} imports {name}"
+        )
 
 
 def test_upward_and_relative_imports_are_seen() -> None:

@@ -43,22 +43,21 @@ def run(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
     return [outcome.value for outcome in outcomes]
 
 
-def launch(function: Callable[..., Any], *args: Any, ranks: int = 2, group: bool = True) -> list[Outcome]:
-    """What becomes of each rank; one that is not done after `LIMIT` seconds is killed.
+def start(function: Callable[..., Any], *args: Any) -> Any:
+    """A process that runs a function, without a group."""
+    process = _CONTEXT.Process(target=function, args=args)
+    process.start()
+    return process
 
-    Args:
-        group: Whether to make a process group.
-    """
+
+def launch(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Outcome]:
+    """What becomes of each rank; one that is not done after `LIMIT` seconds is killed."""
     with tempfile.TemporaryDirectory() as folder:
-        start = time.monotonic()
-        processes = [
-            _CONTEXT.Process(target=_rank, args=(function, rank, ranks, folder, args, group)) for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
+        begun = time.monotonic()
+        processes = [start(_rank, function, rank, ranks, folder, args) for rank in range(ranks)]
         outcomes = []
         for rank, process in enumerate(processes):
-            process.join(max(0.0, start + LIMIT - time.monotonic()))
+            process.join(max(0.0, begun + LIMIT - time.monotonic()))
             late = process.is_alive()
             if late:
                 process.kill()
@@ -75,18 +74,17 @@ def _outcome(folder: Path, rank: int, code: int | None, late: bool) -> Outcome:
     return Outcome(value, error, code, seconds)
 
 
-def _rank(function: Callable[..., Any], rank: int, ranks: int, folder: str, args: tuple, group: bool) -> None:
+def _rank(function: Callable[..., Any], rank: int, ranks: int, folder: str, args: tuple) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("error")
-    start, value, error = time.monotonic(), None, ""
-    if group:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    begun, value, error = time.monotonic(), None, ""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     try:
         value = function(rank, *args)
     except Exception:
         error = traceback.format_exc()
-    torch.save((value, error, time.monotonic() - start), f"{folder}/{rank}.tmp")
+    torch.save((value, error, time.monotonic() - begun), f"{folder}/{rank}.tmp")
     Path(f"{folder}/{rank}.tmp").rename(f"{folder}/{rank}.pt")
-    if group and not error:
+    if not error:
         dist.destroy_process_group()

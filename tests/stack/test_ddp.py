@@ -148,15 +148,15 @@ def test_the_sparse_hook_sends_existing_weights_alone(wrapped_as: str) -> None:
 def layout_rank(rank: int, sparse: bool) -> tuple:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 5))
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(torch.float64, memory_format=torch.channels_last)  # no backend is chosen by timing
     sparsefx.sparsify(model, 0.1, keep_dense=["3"])
     call = wrap(model, sparse, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
     optimizer = MOMENTUM(model.parameters())
     model.scheduler.attach(optimizer, steps_per_update=3, total_steps=20)
     generator = torch.Generator().manual_seed(rank)
     for _ in range(8):
-        x = torch.randn(2, 4, 6, 6, generator=generator).to(memory_format=torch.channels_last)
-        call(x).square().mean().backward()
+        x = torch.randn(2, 4, 6, 6, generator=generator, dtype=torch.float64)
+        call(x.to(memory_format=torch.channels_last)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
     return {k: v.clone() for k, v in model.state_dict().items() if "running" not in k}, len(model.scheduler.history)
