@@ -126,7 +126,7 @@ def dying_rank(rank: int, where: str, how: str) -> None:
     def go(*_: Any) -> Any:
         if how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(15)
+        time.sleep(7)
         os._exit(1)
 
     if rank == 1:
