@@ -48,6 +48,11 @@ class SparseLayer(nn.Module):
         """The constant that a compiled graph holds."""
         return self._runtime.handle
 
+    @property
+    def full(self) -> bool:
+        """Whether the layer stays dense for good, as at density 1.0."""
+        return self._full
+
     @torch.no_grad()
     def set_mask_(self, mask: Tensor) -> None:
         """Replace the mask in place and zero the weights that no longer exist.

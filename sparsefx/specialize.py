@@ -112,6 +112,7 @@ class Specializer:
         seconds: Time spent building plans and measuring.
         missing: Why the CPU kernels cannot be built; empty if they can.
         identity: Of the model, for choices between its graphs that are kept on disk.
+        settle: Called before a plan is built anew, to put the masks of an averaged copy right.
     """
 
     def __init__(self, identity: str = "") -> None:
@@ -120,11 +121,20 @@ class Specializer:
         self.rebuilds: dict[str, int] = {}
         self.seconds = 0.0
         self.missing = ""
+        self.settle: Callable[[], None] = _nothing
         self._plans: dict[int, Plan] = {}
         self._calls: dict[int, dict[Key, ConvSpec | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "table": dict(self.table), "rebuilds": {}, "seconds": 0.0, "_plans": {}, "_calls": {}}
+        return {
+            **self.__dict__,
+            "table": dict(self.table),
+            "rebuilds": {},
+            "seconds": 0.0,
+            "_plans": {},
+            "_calls": {},
+            "settle": _nothing,
+        }
 
     def adopt(self, layer: SparseLayer) -> None:
         """Choose the layer's backends from now on."""
@@ -160,7 +170,7 @@ class Specializer:
 
     def state_dict(self) -> dict[str, Any]:
         """The choices and the machine they were measured on."""
-        return {"machine": machine(), "table": dict(self.table)}
+        return {"machine": machine(), "table": tuple(self.table.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replay saved choices; those of another machine are dropped and measured again, as all are on request."""
@@ -231,6 +241,7 @@ class Specializer:
     def _plan(self, runtime: Runtime, mask: Tensor, layer: SparseLayer | None, look: bool = True) -> Plan:
         plan = self._plans.get(runtime.handle)
         if plan is None or plan.stale(mask, look):
+            self.settle()
             start = time.perf_counter()
             layer = layer or owners(runtime)[0]
             fresh = Plan(mask, layer.transposed, getattr(layer, "groups", 1))
@@ -329,6 +340,17 @@ class _Chooser:
         self, kind: str, spec: ConvSpec | None, x: Tensor, grad: Tensor | None, weight: Tensor, mask: Tensor
     ) -> Backend:
         return self.specializer.backend(self.runtime, kind, spec, x, grad, weight, mask)
+
+
+def _nothing() -> None:
+    pass
+
+
+def plan_of(layer: SparseLayer) -> Plan:
+    """The layer's plan as its last forward verified it, without another look at the mask's contents."""
+    chooser = layer.runtime.choose
+    assert isinstance(chooser, _Chooser)
+    return chooser.specializer._plan(layer.runtime, layer.weight_mask, layer, look=False)
 
 
 def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
