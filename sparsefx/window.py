@@ -6,6 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from sparsefx import moments
+from sparsefx.kernels.masking import masked_
 from sparsefx.layers import SparseLayer
 from sparsefx.ranks import Ranks
 
@@ -79,7 +80,7 @@ class Window:
             layer = self.layers[name]
             moment = moments.first_moment(optimizer, layer.weight)
             if moment is not None:
-                moment.masked_fill_(~layer.weight_mask, 0)
+                masked_(moment, layer.weight_mask)
                 layer.zero_missing_()
         self.partial = False
 
@@ -89,22 +90,25 @@ class Window:
         if self.stale:
             self.clear_missing()
             self.stale = False
-        self._fold(mine, optimizer)
+        zeroed = self._fold(mine, optimizer)
         known = moments.leaves_zeros(optimizer)
         for name in mine if known else (n for n, (one, _) in self.places().items() if one is optimizer):
-            self.layers[name].zero_missing_()
+            if name not in zeroed:
+                self.layers[name].zero_missing_()
         if self._fresh:
             self.note_fresh()
 
     @torch.no_grad()
-    def _fold(self, mine: Mapping[str, dict], optimizer: Optimizer) -> None:
-        """Complete the first moments at missing weights with the gradients collected for them.
+    def _fold(self, mine: Mapping[str, dict], optimizer: Optimizer) -> set[str]:
+        """Complete the first moments at missing weights with the gradients collected for them, and zero these weights.
 
         Across ranks each folds its own gradient: the rule is linear, so the mean that `reduce` takes before an update
         is what folding the mean of every step would have given. Only the scale is agreed on at each step.
 
         Args:
             mine: Parameter group by name of the optimizer's sparse weights.
+        Returns:
+            Names of the layers that had one.
         """
         ready, products = {}, {}
         for name, group in mine.items():
@@ -117,9 +121,12 @@ class Window:
         products = self.ranks.mean_products(products, list(mine))
         whole = moments.scale_seen([sum(column) for column in zip(*products.values(), strict=True)], 1.0)
         for name, (group, layer, collected, moment) in ready.items():
-            missing = collected.masked_fill(layer.weight_mask, 0).mul_(moments.scale_seen(products[name], whole))
-            moments.fold_(moment, group, missing.to(moment.dtype), first=name in self._fresh)
+            seen = moments.scale_seen(products[name], whole)
+            moments.fold_missing_(
+                moment, group, collected, layer.weight, layer.weight_mask, seen=seen, first=name in self._fresh
+            )
         self.partial = self.partial or (bool(mine) and self.ranks.several)
+        return set(ready)
 
     @torch.no_grad()
     def reduce(self) -> None:
