@@ -69,6 +69,7 @@ def curves(
     if update:
         model.scheduler.attach(optimizers["sparse"], steps_per_update=update, total_steps=100 * steps)
     losses: dict[str, list[float]] = {name: [] for name in networks}
+    updates = 0
     for _ in tqdm(range(steps), disable=quiet):
         x, y = next(data)
         for name, network in networks.items():
@@ -78,10 +79,14 @@ def curves(
             loss.backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
-        now = {name: mask.clone() for name, mask in sparsefx.masks(model).items()}
+        if update and len(model.scheduler.history) > updates:
+            updates = len(model.scheduler.history)
+            masks = {name: mask.clone() for name, mask in sparsefx.masks(model).items()}
+            started = {name: model.get_parameter(name) != 0 for name in masks}  # a weight that was grown starts at zero
+            for twin in twins.values():
+                project_(twin, started)
         for twin in twins.values():
-            project_(twin, {name: mask & now[name] for name, mask in masks.items()})  # a grown weight starts at zero
-        masks = now
+            project_(twin, masks)
     return losses
 
 
