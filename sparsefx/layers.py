@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsefx.errors import CheckpointError, LayerError, MaskError
 from sparsefx.kernels import ops
+from sparsefx.kernels.masking import masked_
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.spec import ConvSpec
 
@@ -75,7 +76,7 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def zero_missing_(self) -> None:
         """Make the stored weight exactly zero where the mask is False."""
-        self.weight.masked_fill_(~self.weight_mask, 0)
+        masked_(self.weight.detach(), self.weight_mask)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias in the type that autocast asks for."""
