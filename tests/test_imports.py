@@ -26,6 +26,7 @@ FLOORS = {
     "sparsefx.graph": 3,
     "sparsefx.layers": 2,
     "sparsefx.masks": 1,
+    "sparsefx.shards": 1,
     "sparsefx.algorithms": 1,
     "sparsefx.config": 0,
     "sparsefx.errors": 0,
