@@ -112,6 +112,16 @@ def bench_layers(
     return rows
 
 
+def clustered(rows: int, layers: Sequence[Layer] = LAYERS) -> dict[str, Tensor]:
+    """Random masks of each layer's density, by its name, that exist in columns of `rows` output channels."""
+    masks = {}
+    for layer in layers:
+        shape = (layer.out, layer.inputs) if layer.size == 0 else (layer.out, layer.inputs, layer.kernel, layer.kernel)
+        columns = torch.rand(-(-layer.out // rows), *shape[1:]) < layer.density
+        masks[layer.name] = columns.repeat_interleave(rows, 0)[: layer.out].contiguous()
+    return masks
+
+
 def _format(r: PassResult) -> str:
     return (
         f"{r.layer:28s} {r.kind} d={r.density:.3f} columns {r.live_columns:.2f}  dense {r.dense_ms:8.2f} ms "

@@ -18,14 +18,14 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: i
     """Convolution with a masked weight.
 
     Args:
-        x: `[N, I, *space]`.
+        x: `[N, I, *space]`, or blocked, `[ceil(images / 16), I, H, W, 16]`.
         weight: `[O, I / groups, *taps]`, zero where `mask` is False; `[I, O / groups, *taps]` where transposed.
         bias: `[O]` or None.
         mask: Bool, of the weight's shape.
         handle: Of the layer's `Runtime`.
-        spec: Geometry.
+        spec: Geometry, and whether activations are blocked.
     Returns:
-        `[N, O, *space]`. The weight's gradient is zero where the mask is False.
+        `[N, O, *space]`, blocked like `x`. The weight's gradient is zero where the mask is False.
     """
     if torch.compiler.is_compiling():
         return torch.ops.sparsefx.conv(x, weight, bias, mask, handle, *spec)
@@ -67,7 +67,8 @@ def _empty_unless(tensor: Tensor | None, like: Tensor) -> Tensor:
 def _opaque_backward(handle: int, *args: Any) -> tuple[Tensor | None, ...]:
     """Backward inside a compiled graph, which may add to the weight gradient in place without a trace."""
     runtime = Runtime.of(handle)
-    grads = runtime.backward(*args)
+    with torch.no_grad():
+        grads = runtime.backward(*args)
     runtime.masked = None
     return grads
 
@@ -85,14 +86,18 @@ def _conv_op(
     transposed: bool,
     output_padding: list[int],
     groups: int,
+    images: int,
 ) -> Tensor:
-    spec = ConvSpec(stride, padding, dilation, transposed, output_padding, groups)
+    spec = ConvSpec(stride, padding, dilation, transposed, output_padding, groups, images)
     return _strided(Runtime.of(handle).fprop(spec, x, weight, bias, mask), x)
 
 
 @_conv_op.register_fake
-def _(x, weight, bias, mask, handle, *spec):
-    out = torch.ops.aten.convolution(x, weight, bias, *spec)
+def _(x, weight, bias, mask, handle, *args):
+    spec = ConvSpec(*args)
+    if spec.images:
+        return x.new_empty((x.shape[0], weight.shape[0], *spec.space(x, weight), x.shape[4]))
+    out = torch.ops.aten.convolution(x, weight, bias, *spec.geometry)
     return _strided(torch.empty_like(out, memory_format=torch.contiguous_format), x)
 
 
@@ -109,9 +114,10 @@ def _conv_backward_op(
     transposed: bool,
     output_padding: list[int],
     groups: int,
+    images: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spec = ConvSpec(stride, padding, dilation, transposed, output_padding, groups)
+    spec = ConvSpec(stride, padding, dilation, transposed, output_padding, groups, images)
     for_input, for_weight, for_bias = _opaque_backward(handle, spec, grad, x, weight, mask, wanted)
     return (
         _empty_unless(for_input if for_input is None else _strided(for_input, x), x),
@@ -121,7 +127,7 @@ def _conv_backward_op(
 
 
 @_conv_backward_op.register_fake
-def _(grad, x, weight, mask, handle, stride, padding, dilation, transposed, output_padding, groups, wanted):
+def _(grad, x, weight, mask, handle, stride, padding, dilation, transposed, output_padding, groups, images, wanted):
     return (
         _strided(torch.empty_like(x, memory_format=torch.contiguous_format), x) if wanted[0] else x.new_empty(0),
         _strided(torch.empty_like(weight, memory_format=torch.contiguous_format), weight)
@@ -191,3 +197,29 @@ _conv_op.register_autograd(_backward, setup_context=_keep)
 _linear_op.register_autograd(_backward, setup_context=_keep)
 _conv_backward_op.register_autograd(_no_double_backward, setup_context=_keep_handle)
 _linear_backward_op.register_autograd(_no_double_backward, setup_context=_keep_handle)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if castable else value
+
+
+def _register_autocast(name: str, device: str, key: str) -> None:
+    """Make an operator compute in the type that autocast asks for; `register_autocast` has one type for all."""
+    operator = getattr(torch.ops.sparsefx, name).default
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
+
+    def kernel(_: Any, *args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return operator(*(_cast(arg, dtype) for arg in args))
+
+    _LIBRARY.impl(name, kernel, key, with_keyset=True)
+
+
+_LIBRARY = torch.library.Library("sparsefx", "FRAGMENT")
+for _name in ("conv", "linear"):
+    _register_autocast(_name, "cpu", "AutocastCPU")
+    _register_autocast(_name, "cuda", "AutocastCUDA")

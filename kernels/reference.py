@@ -20,7 +20,7 @@ class Dense:
         """Output of the layer."""
         if spec is None:
             return F.linear(x, weight, bias)
-        return torch.ops.aten.convolution(x, weight, bias, *spec)
+        return torch.ops.aten.convolution(x, weight, bias, *spec.geometry)
 
     def dgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the input."""
@@ -45,7 +45,7 @@ class Dense:
 
 
 def _backward(spec: ConvSpec, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, *spec, wanted)
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *spec.geometry, wanted)
 
 
 DENSE = Dense()

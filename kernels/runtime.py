@@ -7,12 +7,13 @@ import itertools
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from sparsefx.kernels.blocked import CONVERTED_DENSE
 from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.spec import ConvSpec, bias_grad
 
@@ -27,6 +28,11 @@ class Backend(Protocol):
     def dgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
 
     def wgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor: ...
+
+
+def dense_for(spec: ConvSpec | None) -> Any:
+    """Masked dense for the layout that `spec` speaks of."""
+    return CONVERTED_DENSE if spec is not None and spec.images else DENSE
 
 
 class Runtime:
@@ -79,7 +85,7 @@ class Runtime:
 
     def fprop(self, spec: ConvSpec | None, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
         """Output of the layer."""
-        backend = self.choose("fprop", spec, x, None, weight, mask) if self.choose else DENSE
+        backend = self.choose("fprop", spec, x, None, weight, mask) if self.choose else dense_for(spec)
         return backend.fprop(spec, x, weight, bias)
 
     def backward(
@@ -87,19 +93,22 @@ class Runtime:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias, each where `wanted`; the weight's is zero where the mask is False."""
         for_bias = bias_grad(grad, spec) if wanted[2] else None
+        masked_dense = dense_for(spec)
         if torch.is_grad_enabled():  # for a double backward: differentiable, and masked when it reaches the weight
-            for_input = DENSE.dgrad(spec, grad, x, weight) if wanted[0] else None
-            for_weight = DENSE.dense_wgrad(spec, grad, x, weight) if wanted[1] else None
+            for_input = masked_dense.dgrad(spec, grad, x, weight) if wanted[0] else None
+            for_weight = masked_dense.dense_wgrad(spec, grad, x, weight) if wanted[1] else None
             return for_input, for_weight, for_bias
-        choose = self.choose or (lambda *_: DENSE)
+        choose = self.choose or (lambda *_: masked_dense)
         dgrad = choose("dgrad", spec, x, grad, weight, mask) if wanted[0] else None
-        wgrad = (DENSE if self.collecting else choose("wgrad", spec, x, grad, weight, mask)) if wanted[1] else None
-        if wgrad is DENSE:
-            if dgrad is DENSE and spec is not None:
-                for_input, dense = DENSE.both(spec, grad, x, weight)
+        wgrad = (
+            (masked_dense if self.collecting else choose("wgrad", spec, x, grad, weight, mask)) if wanted[1] else None
+        )
+        if wgrad is masked_dense:
+            if dgrad is masked_dense and spec is not None:
+                for_input, dense = masked_dense.both(spec, grad, x, weight)
             else:
                 for_input = dgrad.dgrad(spec, grad, x, weight) if dgrad else None
-                dense = DENSE.dense_wgrad(spec, grad, x, weight)
+                dense = masked_dense.dense_wgrad(spec, grad, x, weight)
             if self.collecting:
                 self._stage(dense, mask)
             for_weight = dense.masked_fill_(~mask, 0)

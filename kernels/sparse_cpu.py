@@ -8,13 +8,16 @@ from sparsefx.kernels.cpu.layout import from_blocked, to_blocked
 from sparsefx.kernels.cpu.linear import LinearPlan
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
 
+FEW_IMAGES = 2
+"""Up to here lanes over pixels beat lanes over images, of which a block has 16."""
 _TYPES = (torch.float32, torch.bfloat16)
 
 
 class SparseCpu:
     """The sparse backend for one mask: 2-D convolutions and linear layers in fp32 and bf16.
 
-    Convolutions convert their tensors to blocks of 16 images and back at each call.
+    Convolutions of plain activations convert them to blocks of 16 images and back at each call; a few images run
+    without blocks.
 
     Raises:
         CompilerUnavailable: the kernels cannot be built.
@@ -40,13 +43,19 @@ class SparseCpu:
         wide_bias = None if bias is None else bias.float()
         if spec is None:
             return self.linear.fprop(_rows(x), weight, wide_bias).view(*x.shape[:-1], -1)
+        if spec.images:
+            return self.conv.fprop(x, weight, wide_bias, images=spec.images)
         images = x.shape[0]
+        if images <= FEW_IMAGES:
+            return self.conv.infer(x.detach().contiguous(), weight, wide_bias).contiguous(memory_format=_format(x))
         return from_blocked(self.conv.fprop(to_blocked(x), weight, wide_bias, images=images), images, _format(x))
 
     def dgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the input."""
         if spec is None:
             return self.linear.dgrad(_rows(grad), weight).view(x.shape)
+        if spec.images:
+            return self.conv.dgrad(grad.contiguous(), weight, (x.shape[2], x.shape[3]), images=spec.images)
         images, _, *space = x.shape
         blocked = self.conv.dgrad(to_blocked(grad), weight, (space[0], space[1]), images=images)
         return from_blocked(blocked, images, _format(x))
@@ -55,7 +64,10 @@ class SparseCpu:
         """Gradient of the existing weights, zero at the missing ones."""
         if spec is None:
             return self.linear.scatter(self.linear.wgrad_values(_rows(grad), _rows(x)), weight.dtype)
-        values = self.conv.wgrad_values(to_blocked(grad), to_blocked(x), images=x.shape[0])
+        if spec.images:
+            values = self.conv.wgrad_values(grad.contiguous(), x, images=spec.images)
+        else:
+            values = self.conv.wgrad_values(to_blocked(grad), to_blocked(x), images=x.shape[0])
         return self.conv.scatter(values, weight.dtype)
 
 

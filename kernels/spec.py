@@ -9,7 +9,8 @@ from torch import Tensor
 class ConvSpec(NamedTuple):
     """Arguments of `aten.convolution` beside its tensors.
 
-    Weights are `[O, I / groups, *taps]`, or `[I, O / groups, *taps]` where `transposed`.
+    Weights are `[O, I / groups, *taps]`, or `[I, O / groups, *taps]` where `transposed`. Activations are
+    `[N, C, *space]`, or blocked, `[ceil(N / 16), C, H, W, 16]`, of `images` images where that is not 0.
     """
 
     stride: list[int]
@@ -18,11 +19,22 @@ class ConvSpec(NamedTuple):
     transposed: bool
     output_padding: list[int]
     groups: int
+    images: int = 0
+
+    @property
+    def geometry(self) -> tuple:
+        """The arguments of `aten.convolution`."""
+        return self[:6]
 
     @property
     def key(self) -> tuple:
-        """A hashable form."""
-        return tuple(tuple(v) if isinstance(v, list) else v for v in self)
+        """A hashable form of the geometry."""
+        return tuple(tuple(v) if isinstance(v, list) else v for v in self.geometry)
+
+    def space(self, x: Tensor, weight: Tensor) -> list[int]:
+        """Sizes of the output of a convolution that is not transposed."""
+        sizes = zip(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=False)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -34,4 +46,6 @@ def bias_grad(grad: Tensor, spec: ConvSpec | None) -> Tensor:
     """Sum `grad`, `[N, O, *space]` for a convolution or `[..., O]` for a linear layer, to `[O]`."""
     if spec is None:
         return grad.reshape(-1, grad.shape[-1]).sum(0)
+    if spec.images:  # contiguous runs, which torch sums several times faster than all dimensions at once
+        return grad.flatten(2).sum(2).sum(0)
     return grad.sum([d for d in range(grad.dim()) if d != 1])

@@ -1,5 +1,6 @@
 """`sparsify` and the questions one can ask of a sparsified model."""
 
+import hashlib
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -66,12 +67,13 @@ def sparsify(
         reasons = "; ".join(f"{name}: {why}" for name, why in selection.dense.items()) or "it has none"
         raise LayerError(f"model: expected a Conv or Linear layer that may be sparse, got none ({reasons})")
     seed = 0 if seed is None else seed
-    specializer = Specializer()
     config = scheduler or SparseMomentum()
     layers = rewrite_(model, selection, density, distribution, units, seed)
+    specializer = Specializer(hashlib.sha256(f"{type(model).__module__} {model}".encode()).hexdigest()[:16])
     bound = Scheduler(config, layers, units, density, seed, specializer)
     bound.rebind(layers)
-    program = install(model, is_leaf=is_leaf, mixins=(Checked,), extras={"scheduler": bound, "dense": selection.dense})
+    extras = {"scheduler": bound, "dense": selection.dense}
+    program = install(model, is_leaf=is_leaf, mixins=(Checked,), extras=extras, choose=specializer.choose_graph)
     ignore_masks(model)
     if example_inputs is not None:
         program.verify(model, *((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))

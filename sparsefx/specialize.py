@@ -5,18 +5,21 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsefx import choices
 from sparsefx.errors import BackendWarning
+from sparsefx.kernels.blocked import CONVERTED_DENSE, Converted
 from sparsefx.kernels.compaction import Compaction
 from sparsefx.kernels.cpu.build import CompilerUnavailable
 from sparsefx.kernels.reference import DENSE
-from sparsefx.kernels.runtime import Backend, Runtime
+from sparsefx.kernels.runtime import Backend, Runtime, dense_for
 from sparsefx.kernels.sparse_cpu import SparseCpu
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
 from sparsefx.layers import SparseLayer, owners
@@ -29,10 +32,25 @@ _MARGIN = 0.97
 _SPARSE_ENOUGH = 0.5
 """Sparse kernels are a candidate up to this density; above it dense ones always win."""
 _REPEATS = 5
+_HOPELESS = 1.5
+"""A candidate that takes this much longer than another is not run again."""
+
+
+def sparse_kernels(device: torch.device) -> Any:
+    """The backend class with sparse kernels for a device, None where there is none."""
+    if device.type != "cuda":
+        return SparseCpu
+    if find_spec("triton") is None:
+        return None
+    from sparsefx.kernels.sparse_gpu import SparseGpu
+
+    return SparseGpu
+
+
 BACKENDS: dict[str, Callable[[Tensor, ConvSpec | None], Backend]] = {
     "dense": lambda mask, spec: DENSE,
     "compaction": Compaction,
-    "sparse": SparseCpu,
+    "sparse": lambda mask, spec: sparse_kernels(mask.device)(mask, spec),
 }
 
 Key = tuple
@@ -62,6 +80,14 @@ class Plan:
         self.backends: dict[tuple, Backend] = {}
         self.choices: dict[Key, str] = {}
 
+    def keep(self, backends: dict[tuple, Backend]) -> None:
+        """Take over those of an earlier plan that change in place, as captured CUDA graphs hold their addresses."""
+        for key, backend in backends.items():
+            update = getattr(backend, "update_", None)
+            if update is not None:
+                update(self.mask)
+                self.backends[key] = backend
+
     def stale(self, mask: Tensor, look: bool = True) -> bool:
         """Whether `mask` differs from the plan's.
 
@@ -71,7 +97,7 @@ class Plan:
         """
         if not look and _stamp(mask) == self.stamp:
             return False
-        if self.mask.device == mask.device and torch.equal(self.mask, mask):
+        if self.mask.device == mask.device and _same(self.mask, mask):
             self.stamp = _stamp(mask)
             return False
         return True
@@ -85,10 +111,12 @@ class Specializer:
         rebuilds: How often each layer's plan was built.
         seconds: Time spent building plans and measuring.
         missing: Why the CPU kernels cannot be built; empty if they can.
+        identity: Of the model, for choices between its graphs that are kept on disk.
         settle: Called before a plan is built anew, to put the masks of an averaged copy right.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, identity: str = "") -> None:
+        self.identity = identity
         self.table: dict[str, str] = {}
         self.rebuilds: dict[str, int] = {}
         self.seconds = 0.0
@@ -124,6 +152,12 @@ class Specializer:
             chosen.update({key[0]: name for key, name in plan.choices.items()})
         return chosen
 
+    def calls(self, layer: SparseLayer, backend: str) -> list[tuple[str, torch.Size, ConvSpec | None]]:
+        """Pass, shape of the input and geometry of the calls that run on a backend."""
+        plan = self.plan(layer)
+        seen = self._calls.get(layer.handle, {})
+        return [(key[0], torch.Size(key[1]), spec) for key, spec in seen.items() if plan.choices.get(key) == backend]
+
     def respecialize(self, layers: list[SparseLayer]) -> None:
         """Rebuild the plans of layers whose masks changed, and choose again for every call seen so far."""
         for layer in layers:
@@ -139,9 +173,9 @@ class Specializer:
         return {"machine": machine(), "table": tuple(self.table.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replay saved choices; those of another machine are dropped and measured again."""
-        same = state["machine"] == machine()
-        if not same and state["table"]:
+        """Replay saved choices; those of another machine are dropped and measured again, as all are on request."""
+        same = state["machine"] == machine() and choices.mode() != "measure"
+        if state["machine"] != machine() and state["table"]:
             warnings.warn(
                 f"backend choices: expected those of {machine()}, got those of another machine ({state['machine']}); "
                 "they are measured again, and results may differ in the last bits",
@@ -163,8 +197,12 @@ class Specializer:
     ) -> Backend:
         """The backend for one pass of one call."""
         plan = self._plan(runtime, mask, None, look=kind == "fprop" and mask.device.type == "cpu")
-        key = (kind, tuple(x.shape), str(x.dtype), _format(x))
+        key = (kind, tuple(x.shape), str(x.dtype), "blocked" if spec is not None and spec.images else _format(x))
         name = plan.choices.get(key)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            # A captured graph outlives the mask: it may hold dense kernels and those whose lists change in place.
+            kept = ("sparse", spec.key if spec else None) in plan.backends
+            return self._backend(plan, "sparse" if name == "sparse" and kept else "dense", spec)
         if name is None:
             self._calls.setdefault(runtime.handle, {})[key] = spec
             start = time.perf_counter()
@@ -172,13 +210,44 @@ class Specializer:
             self.seconds += time.perf_counter() - start
         return self._backend(plan, name, spec)
 
+    def choose_graph(self, key: tuple, calls: list[Callable[[], Any]]) -> int:
+        """Index of the fastest of several equal graphs: dense stays 0, from the table or by measuring them."""
+        entry = repr((key, torch.get_num_threads()))
+        names = [str(index) for index in range(len(calls))]
+        known = self._known(entry, names, f"{self.identity} ")
+        if known is None:
+            start = time.perf_counter()
+            times = interleaved(calls, torch.device("cpu"))
+            times[0] *= _MARGIN
+            known = self._keep(entry, names[times.index(min(times))], f"{self.identity} ")
+            self.seconds += time.perf_counter() - start
+        return int(known)
+
+    def _known(self, entry: str, names: Iterable[str], prefix: str = "") -> str | None:
+        """The choice among `names` for an entry: this model's, else the one on disk."""
+        found = self.table.get(entry)
+        if found not in names:
+            found = choices.known(prefix + entry)
+        if found is None or found not in names:
+            return None
+        self.table[entry] = found
+        return found
+
+    def _keep(self, entry: str, choice: str, prefix: str = "") -> str:
+        self.table[entry] = choice
+        choices.keep(prefix + entry, choice)
+        return choice
+
     def _plan(self, runtime: Runtime, mask: Tensor, layer: SparseLayer | None, look: bool = True) -> Plan:
         plan = self._plans.get(runtime.handle)
         if plan is None or plan.stale(mask, look):
             self.settle()
             start = time.perf_counter()
             layer = layer or owners(runtime)[0]
-            plan = self._plans[runtime.handle] = Plan(mask, layer.transposed, getattr(layer, "groups", 1))
+            fresh = Plan(mask, layer.transposed, getattr(layer, "groups", 1))
+            if plan is not None and plan.mask.device == mask.device:
+                fresh.keep(plan.backends)
+            plan = self._plans[runtime.handle] = fresh
             self.rebuilds[runtime.name] = self.rebuilds.get(runtime.name, 0) + 1
             self.seconds += time.perf_counter() - start
         return plan
@@ -187,27 +256,37 @@ class Specializer:
         key = (name, spec.key if spec else None)
         if key not in plan.backends:
             plan.backends[key] = BACKENDS[name](plan.mask, spec)
-        return plan.backends[key]
+        if spec is None or not spec.images or name == "sparse":
+            return plan.backends[key]
+        return CONVERTED_DENSE if name == "dense" else Converted(plan.backends[key])
 
     def _candidates(self, plan: Plan, spec: ConvSpec | None, x: Tensor) -> list[str]:
         """Names of the backends that may run a call, dense first."""
         names = ["dense"]
         if plan.compacts:
             names.append("compaction")
-        sparse = plan.nnz <= _SPARSE_ENOUGH * plan.mask.numel() and SparseCpu.supports(spec, x, plan.mask)
-        if sparse and not self.missing:
-            try:
-                self._backend(plan, "sparse", spec)
-                names.append("sparse")
-            except CompilerUnavailable as error:
-                self.missing = str(error)
-                warnings.warn(
-                    f"CPU kernels: expected a C++ compiler, got none that works ({error}); sparse layers run dense or "
-                    "compacted instead. Install g++ and start again",
-                    BackendWarning,
-                    stacklevel=2,
-                )
+        kernels = sparse_kernels(x.device)
+        sparse = kernels is not None and plan.nnz <= _SPARSE_ENOUGH * plan.mask.numel()
+        if sparse and kernels.supports(spec, x, plan.mask) and self._builds(plan, spec):
+            names.append("sparse")
         return names
+
+    def _builds(self, plan: Plan, spec: ConvSpec | None) -> bool:
+        """Whether the sparse kernels can be built here."""
+        if self.missing and not plan.mask.is_cuda:
+            return False
+        try:
+            self._backend(plan, "sparse", spec)
+        except CompilerUnavailable as error:
+            self.missing = str(error)
+            warnings.warn(
+                f"CPU kernels: expected a C++ compiler, got none that works ({error}); sparse layers run dense or "
+                "compacted instead. Install g++ and start again",
+                BackendWarning,
+                stacklevel=2,
+            )
+            return False
+        return True
 
     def _choose(
         self, plan: Plan, key: Key, spec: ConvSpec | None, weight: Tensor, call: tuple[Tensor, Tensor | None] | None
@@ -215,14 +294,13 @@ class Specializer:
         """Name of the fastest candidate, from the table or by measuring them."""
         geometry = (tuple(plan.mask.shape), spec.key if spec else None)
         entry = repr((*geometry, key, *_buckets(plan), torch.get_num_threads()))
-        known = self.table.get(entry)
-        if known is not None and known in BACKENDS and not (known == "sparse" and self.missing):
+        known = self._known(entry, BACKENDS)
+        if known is not None and (known != "sparse" or self._builds(plan, spec)):
             return known
         x, grad = call if call is not None else _sample(key, weight)
         names = self._candidates(plan, spec, x)
         if len(names) > 1:
-            self.table[entry] = self._fastest(names, plan, key[0], spec, x, grad, weight.detach())
-            return self.table[entry]
+            return self._keep(entry, self._fastest(names, plan, key[0], spec, x, grad, weight.detach()))
         return "dense"
 
     @torch.no_grad()
@@ -238,7 +316,7 @@ class Specializer:
     ) -> str:
         weight = weight.to(x.dtype)
         if kind != "fprop" and grad is None:
-            grad = torch.ones_like(DENSE.fprop(spec, x, weight, None))
+            grad = torch.ones_like(dense_for(spec).fprop(spec, x, weight, None))
 
         def run(backend: Backend) -> Callable[[], Tensor]:
             if kind == "fprop" or grad is None:
@@ -276,7 +354,7 @@ def plan_of(layer: SparseLayer) -> Plan:
 
 
 def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
-    """Median seconds of each call, run in turn so that drift of the machine hits all alike."""
+    """Median seconds of each call, run in turn so that drift of the machine hits all alike; slow ones only once."""
 
     def timed(call: Callable[[], Any]) -> float:
         start = time.perf_counter()
@@ -287,8 +365,14 @@ def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[fl
 
     for call in calls:
         timed(call)
-    rounds = [[timed(call) for call in calls] for _ in range(_REPEATS)]
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+    times: list[list[float]] = [[] for _ in calls]
+    running = set(range(len(calls)))
+    for _ in range(_REPEATS):
+        for i in sorted(running):
+            times[i].append(timed(calls[i]))
+        best = min(min(times[i]) for i in running)
+        running = {i for i in running if min(times[i]) <= _HOPELESS * best}
+    return [statistics.median(column) for column in times]
 
 
 def machine() -> str:
@@ -302,6 +386,13 @@ def _sample(key: Key, weight: Tensor) -> tuple[Tensor, None]:
     _, shape, dtype, layout = key
     x = torch.ones(shape, device=weight.device).to(getattr(torch, dtype.removeprefix("torch.")))
     return (x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x), None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two bool tensors are equal, eight at a time where they are contiguous."""
+    if one.numel() % 8 == 0 and one.is_contiguous() and other.is_contiguous():
+        one, other = one.view(-1).view(torch.int64), other.view(-1).view(torch.int64)
+    return torch.equal(one, other)
 
 
 def _stamp(mask: Tensor) -> tuple[int, int]:

@@ -26,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def choices_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what an earlier one measured, or leaves anything behind."""
+    monkeypatch.setenv("SPARSEFX_CHOICES", "off")
+
+
+@pytest.fixture(autouse=True)
 def seed() -> int:
     """Every test starts from the same random state."""
     random.seed(0)

@@ -23,7 +23,9 @@ FLOORS = {
     "sparsefx.update": 5,
     "sparsefx.window": 5,
     "sparsefx.specialize": 4,
+    "sparsefx.choices": 4,
     "sparsefx.graph": 3,
+    "sparsefx.blocked": 2,
     "sparsefx.layers": 2,
     "sparsefx.masks": 1,
     "sparsefx.shards": 1,
@@ -34,7 +36,13 @@ FLOORS = {
 }
 PACKAGES = {"sparsefx": ROOT / "sparsefx", "sparsefx.kernels": ROOT / "kernels"}
 THIRD_PARTY = {"torch", "numpy", "triton"}
-OPTIONAL = {"sparsefx.integrations.lightning": {"lightning"}, "sparsefx.integrations.transformers": {"transformers"}}
+EXTRAS = {
+    "sparsefx.integrations.lightning": "lightning",
+    "sparsefx.integrations.transformers": "transformers",
+    "sparsefx.bench.report": "matplotlib",
+    "sparsefx.bench.settings": "torchvision",
+}
+"""What a module may import beside: an integration with its module, a benchmark inside a function, when asked for."""
 
 
 def find_modules() -> dict[str, Path]:
@@ -95,9 +103,16 @@ def test_imports_go_down(module: str) -> None:
 def test_only_declared_dependencies(module: str) -> None:
     for line, name in imports(module, MODULES[module].read_text()):
         top = name.partition(".")[0]
-        assert top in THIRD_PARTY | OPTIONAL.get(module, set()) | {"sparsefx"} | sys.stdlib_module_names, (
-            f"{module}:{line} imports {name}"
-        )
+        allowed = {*THIRD_PARTY, "sparsefx", *sys.stdlib_module_names, EXTRAS.get(module)}
+        assert top in allowed, f"{module}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("module", [name for name in EXTRAS if name.startswith("sparsefx.bench")])
+def test_optional_dependencies_are_not_imported_with_the_module(module: str) -> None:
+    statements = [n for n in ast.parse(MODULES[module].read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    top = ast.unparse(ast.Module(statements, []))
+    assert EXTRAS[module] in MODULES[module].read_text()
+    assert EXTRAS[module] not in {name.partition(".")[0] for _, name in imports(module, top)}
 
 
 def test_upward_and_relative_imports_are_seen() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SHIPPED = {".py", ".cpp", ".h", ".typed"}
+SHIPPED = {".py", ".cpp", ".h", ".json", ".typed"}
 IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
 
 

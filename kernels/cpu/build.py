@@ -38,6 +38,21 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
+@functools.cache
+def cpu_name() -> str:
+    """The processor as the kernel calls it: vendor's name, family and model."""
+    found: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
+
+
 def supported_isas() -> list[str]:
     """Instruction sets that this processor runs, fastest first; "portable" is always the last."""
     return [isa for isa in ISAS if _NEEDS[isa] <= _cpu_flags()]
@@ -75,11 +90,11 @@ def library(isa: str) -> Path:
     compiler = _compiler()
     command = [compiler, *_COMMON, *_FLAGS[isa], f"-DSFX_LANES={_LANES[isa]}"]
     try:
-        folder = _private(cache_dir())
+        folder = private_folder(cache_dir())
         target = folder / f"cpu-{isa}-{_key(command)}.so"
         if _sound(target):
             return target
-        with _locked(folder / f"{target.stem}.lock"):
+        with locked(folder / f"{target.stem}.lock"):
             if not _sound(target):
                 _compile(command, folder, target)
     except OSError as error:
@@ -108,6 +123,14 @@ def _version(compiler: str) -> str:
         raise CompilerUnavailable(f"CPU kernels: expected {compiler} to run, got {error}; set CXX") from error
 
 
+def compiler_version() -> str:
+    """What the compiler calls itself; "none" where there is none that runs."""
+    try:
+        return _version(_compiler())
+    except CompilerUnavailable:
+        return "none"
+
+
 def _key(command: list[str]) -> str:
     digest = hashlib.sha256()
     for part in [*command, _version(command[0]), platform.machine(), *sorted(_cpu_flags())]:
@@ -117,7 +140,12 @@ def _key(command: list[str]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _private(folder: Path) -> Path:
+def private_folder(folder: Path) -> Path:
+    """Make a folder that no other user can read or write.
+
+    Raises:
+        OSError: it is another user's, or cannot be made.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = folder.stat()
     if info.st_uid != os.getuid():
@@ -127,19 +155,27 @@ def _private(folder: Path) -> Path:
     return folder
 
 
-def _sound(target: Path) -> bool:
+def trusted(path: Path) -> bool:
+    """Whether `path` is a regular file of this user that nobody else can write."""
     try:
-        for path in (target, target.with_suffix(".sha256")):
-            info = path.lstat()
-            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
-                return False
+        info = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
+
+
+def _sound(target: Path) -> bool:
+    if not (trusted(target) and trusted(target.with_suffix(".sha256"))):
+        return False
+    try:
         return target.with_suffix(".sha256").read_text() == hashlib.sha256(target.read_bytes()).hexdigest()
     except OSError:
         return False
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock that `path` stands for, among processes."""
     with open(path, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

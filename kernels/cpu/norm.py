@@ -19,10 +19,11 @@ class _Arguments(ctypes.Structure):
 
 
 class Normalized(NamedTuple):
-    """Result of the forward pass: `y` blocked, `mean` and `rstd` `[C]` fp32 as backward needs them."""
+    """Result of the forward pass: `y` blocked; `mean`, biased `var` and `rstd` that it used, `[C]` fp32."""
 
     y: torch.Tensor
     mean: torch.Tensor
+    var: torch.Tensor
     rstd: torch.Tensor
 
 
@@ -39,26 +40,25 @@ def batch_norm_forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
+    mean: torch.Tensor | None = None,
+    var: torch.Tensor | None = None,
     *,
     training: bool,
-    momentum: float = 0.1,
     eps: float = 1e-5,
     images: int | None = None,
     residual: torch.Tensor | None = None,
     relu: bool = False,
 ) -> Normalized:
-    """Normalize, add `residual`, clamp at zero; update the running statistics as `torch.nn.BatchNorm2d` does.
+    """Normalize, add `residual`, clamp at zero.
 
     Args:
         x, residual: `[B, C, H, W, 16]` fp32 or bf16.
-        weight, bias, running_mean, running_var: `[C]` fp32 or None; the running ones are changed in training.
-        training: Use the statistics of the batch; otherwise the running ones.
-        momentum: Weight of the new statistics in the running ones.
+        weight, bias: `[C]` fp32 or None.
+        mean, var: The statistics to use outside of training, `[C]` fp32.
+        training: Use the statistics of the batch.
         images: How many images `x` holds; all of its lanes if None.
     Raises:
-        ValueError: in training with a single value per channel, in eval without running statistics.
+        ValueError: in training with a single value per channel, in eval without statistics.
     """
     require("x", x, dims=5)
     b, c, h, w, _ = x.shape
@@ -67,25 +67,21 @@ def batch_norm_forward(
         raise ValueError(f"residual: expected {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}")
     if training and n * h * w < 2:
         raise ValueError("batch norm: expected more than 1 value per channel in training, got 1; use eval mode")
-    if not training and (running_mean is None or running_var is None):
-        raise ValueError("batch norm: expected running statistics in eval mode, got None; use training mode")
     lib = load()
     y = empty(lib, x.shape, x.dtype)
-    mean, var, rstd = (torch.empty(c) for _ in range(3))
-    if not training and running_mean is not None and running_var is not None:
-        mean.copy_(running_mean)
-        rstd.copy_((running_var.double() + eps).rsqrt())
+    if training:
+        mean, var, rstd = (torch.empty(c) for _ in range(3))
+    elif mean is None or var is None:
+        raise ValueError("batch norm: expected running statistics in eval mode, got None; use training mode")
+    else:
+        mean, var, rstd = mean.clone(), var.clone(), (var.double() + eps).rsqrt().float()
     arguments = _Arguments(
         x=pointer(x), residual=_channels_or_blocked(residual), y=pointer(y), weight=_channels_or_blocked(weight),
         bias=_channels_or_blocked(bias), mean=pointer(mean), var=pointer(var), rstd=pointer(rstd), eps=eps,
         training=training, relu=relu,
     )  # fmt: skip
     lib.sfx_norm(0, DTYPES[x.dtype], ctypes.byref(arguments), n, c, h * w, torch.get_num_threads())
-    if training and running_mean is not None and running_var is not None:
-        count = n * h * w
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var * (count / (count - 1)), momentum)
-    return Normalized(y, mean, rstd)
+    return Normalized(y, mean, var, rstd)
 
 
 def batch_norm_backward(

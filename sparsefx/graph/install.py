@@ -6,20 +6,18 @@ every inlined module is as it was traced, and the user's own forward otherwise.
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from sparsefx.errors import LayerError, TraceWarning
+from sparsefx.graph.regions import Choose, Chooser, observed
 from sparsefx.graph.snapshot import RandomState, State
 from sparsefx.graph.trace import IsLeaf, Trace, trace, why_called
 
 STATE = "_sparsefx"
-Pass = Callable[[nn.Module, fx.Graph], None]
 _TOLERANCE = 1e-6
 """Largest relative norm of the difference between the outputs of the graph and of the own forward."""
 _MOST_TRACES = 8
@@ -33,10 +31,10 @@ class Program:
         extras: What `install` was given to keep.
     """
 
-    def __init__(self, base: type[nn.Module], is_leaf: IsLeaf, passes: Sequence[Pass], extras: dict[str, Any]) -> None:
+    def __init__(self, base: type[nn.Module], is_leaf: IsLeaf, choose: Choose, extras: dict[str, Any]) -> None:
         self.base = base
         self.is_leaf = is_leaf
-        self.passes = tuple(passes)
+        self.choose = choose
         self.extras = extras
         self._boundaries: dict[str, str] = {}
         self._active: Compiled | None = None
@@ -80,7 +78,7 @@ class Program:
         found = trace(model, self.base.forward, self.is_leaf, known)
         self._boundaries = found.boundaries
         _tell(model, told, found.boundaries | found.called)
-        compiled = Compiled(model, found, self.passes)
+        compiled = Compiled(model, found, self.choose)
         self._graphs = [old for old in self._graphs[-_MOST_TRACES:] if not old.broken()] + [compiled]
         return compiled
 
@@ -94,6 +92,11 @@ class Program:
                     model.train(training)
                 with torch.no_grad():
                     model(*args, **kwargs)
+                compiled = self.current(model)
+                inputs = None if compiled is None else compiled.arguments(args, kwargs)
+                if compiled is not None and inputs is not None and compiled.verified:
+                    with torch.set_grad_enabled(training):
+                        compiled.chooser.run(inputs)
             finally:
                 for module, mode in modes:
                     module.training = mode
@@ -104,8 +107,7 @@ class Program:
 class Compiled:
     """A traced graph as a function of the model, with its guards."""
 
-    def __init__(self, model: nn.Module, found: Trace, passes: Sequence[Pass]) -> None:
-        self.graph = found.graph
+    def __init__(self, model: nn.Module, found: Trace, choose: Choose) -> None:
         self.called = found.called
         self.hooked = [model.get_submodule(name) for name in found.called]
         self.inputs = found.inputs
@@ -115,9 +117,12 @@ class Compiled:
         self.verified = False
         self.rejected = found.graph is None
         if found.graph is not None:
-            for transform in passes:
-                transform(model, found.graph)
-            self.function = _function(found.graph)
+            self.chooser = Chooser(model, found.graph, choose)
+
+    @property
+    def graph(self) -> fx.Graph | None:
+        """The graph of the latest call; None for the own forward."""
+        return None if self.rejected else self.chooser.graph
 
     def holds(self) -> bool:
         """Whether everything that was inlined is as it was traced."""
@@ -146,7 +151,7 @@ def install(
     is_leaf: IsLeaf,
     extras: dict[str, Any],
     mixins: tuple[type, ...] = (),
-    passes: Sequence[Pass] = (),
+    choose: Choose = lambda key, calls: 0,
 ) -> Program:
     """Give a model its generated forward.
 
@@ -155,12 +160,12 @@ def install(
         is_leaf: `(module, name) -> bool`, modules that the graph calls.
         extras: Kept with the model, copied and pickled with it; `"scheduler"` becomes `model.scheduler`.
         mixins: Put before the user's class.
-        passes: `(model, graph) -> None`, run over each traced graph.
+        choose: Which of several equal graphs to run.
     Raises:
         LayerError: the model has an attribute `graph` or `scheduler` of its own; nothing is changed.
     """
     check_names(model)
-    program = Program(type(model), is_leaf, passes, extras)
+    program = Program(type(model), is_leaf, choose, extras)
     model.__dict__[STATE] = program
     model.__class__ = _subclass(type(model), mixins)
     return program
@@ -191,8 +196,8 @@ def _subclass(base: type[nn.Module], mixins: tuple[type, ...]) -> type[nn.Module
         if inputs is None:
             return base.forward(self, *args, **kwargs)
         if compiled.verified:
-            return compiled.function(self, *inputs)
-        if torch.compiler.is_compiling() or _observed(self):
+            return compiled.chooser.run(inputs)
+        if torch.compiler.is_compiling() or observed(self):
             return base.forward(self, *args, **kwargs)
         return _verify(program, compiled, self, inputs)
 
@@ -202,7 +207,7 @@ def _subclass(base: type[nn.Module], mixins: tuple[type, ...]) -> type[nn.Module
     def graph(self: nn.Module) -> fx.Graph | None:
         """The fx graph that the model runs in its present mode; None while it runs its own forward."""
         compiled = self.__dict__[STATE].current(self)
-        return None if compiled is None or compiled.rejected else compiled.graph
+        return None if compiled is None else compiled.graph
 
     def scheduler(self: nn.Module) -> Any:
         """The scheduler bound to the model."""
@@ -227,20 +232,13 @@ def _rebuild(base: type[nn.Module], mixins: tuple[type, ...]) -> nn.Module:
     return model
 
 
-def _observed(model: nn.Module) -> bool:
-    """Whether a hook would see the extra run of a verification."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return True
-    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model)
-
-
 def _verify(program: Program, compiled: Compiled, model: nn.Module, inputs: tuple) -> Any:
     """Run the graph and the own forward from the same state, keep the latter's result, and compare."""
     generators, before = RandomState(), State(model)
     problem = ""
     try:
         with torch.no_grad():
-            graphs = compiled.function(model, *(i.detach().clone() for i in inputs))
+            graphs = compiled.chooser.plain(model, *(i.detach().clone() for i in inputs))
         drawn, written = RandomState(), before.buffers()
     except Exception as error:
         graphs, drawn, written, problem = None, generators, [], f"its graph fails ({type(error).__name__}: {error})"
@@ -291,11 +289,3 @@ def _tell(model: nn.Module, told: dict[str, str], untraced: dict[str, str]) -> N
                 TraceWarning,
                 stacklevel=3,
             )
-
-
-def _function(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph's Python code as a function of the model."""
-    code = graph.python_code("self")
-    space = dict(code.globals)
-    exec(compile(code.src, "<sparsefx graph>", "exec"), space)
-    return space["forward"]

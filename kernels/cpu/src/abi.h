@@ -57,6 +57,13 @@ struct SfxNorm {
 void sfx_norm(int backward, int dtype, const SfxNorm* arguments, int64_t images, int64_t channels, int64_t pixels,
               int threads);
 
+// Max pooling of planes of blocked activations, and its gradient; `taps` has a byte for each output.
+struct SfxPool {
+  int64_t in[2], out[2], kernel[2], stride[2], pad[2];
+};
+void sfx_max_pool(int backward, int dtype, const SfxPool* pool, const void* from, void* to, uint8_t* taps,
+                  int64_t planes, int threads);
+
 // Asks for huge pages for memory that is about to be written for the first time.
 void sfx_advise(void* data, int64_t bytes);
 // Multiply-adds per second of `threads` threads in registers, in GFLOP/s.

@@ -22,6 +22,10 @@ def _run(x, residual, relu, training, affine=True, dtype=torch.float32):
     g = torch.randn(x.shape).to(dtype)
     xb, rb, gb = blocked(x.to(dtype)), None if residual is None else blocked(residual.to(dtype)), blocked(g)
     out = batch_norm_forward(xb, weight, bias, mean, var, training=training, images=n, residual=rb, relu=relu)
+    if training:
+        count = x.numel() // c
+        mean.lerp_(out.mean, 0.1)
+        var.lerp_(out.var * count / (count - 1), 0.1)
     want.backward(g.double())
     grads = batch_norm_backward(
         gb, xb, out.y if residual is not None else None, weight, bias, out.mean, out.rstd,

@@ -1,0 +1,355 @@
+"""Operators on blocked activations `[ceil(N / 16), C, H, W, 16]`: the borders of a region, and what runs inside one.
+
+Each is an autograd function over a kernel that is opaque to torch.compile and called directly in eager mode. Lanes
+beyond the N images are zero in every tensor.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsefx.kernels.cpu.abi import BLOCK
+from sparsefx.kernels.cpu.layout import from_blocked, to_blocked
+from sparsefx.kernels.cpu.norm import batch_norm_backward, batch_norm_forward
+from sparsefx.kernels.cpu.pool import Pool, max_pool_backward, max_pool_forward
+from sparsefx.kernels.reference import Dense
+from sparsefx.kernels.spec import ConvSpec, is_channels_last
+
+
+def enter(x: Tensor) -> Tensor:
+    """Convert `[N, C, H, W]` to `[ceil(N / 16), C, H, W, 16]`."""
+    return _Enter.apply(x)
+
+
+def leave(x: Tensor, images: int, channels_last: bool) -> Tensor:
+    """Convert `[ceil(images / 16), C, H, W, 16]` to `[images, C, H, W]`, contiguous or channels_last."""
+    return _Leave.apply(x, images, channels_last)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.images, ctx.last = x.shape[0], is_channels_last(x)
+        return torch.ops.sparsefx.to_blocked(x) if torch.compiler.is_compiling() else to_blocked(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return leave(grad, ctx.images, ctx.last)
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, images: int, last: bool) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.sparsefx.from_blocked(x, images, last)
+        return from_blocked(x.contiguous(), images, _FORMATS[last])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return enter(grad), None, None
+
+
+_FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+@torch.library.custom_op("sparsefx::to_blocked", mutates_args=())
+def _to_blocked_op(x: Tensor) -> Tensor:
+    return to_blocked(x)
+
+
+@_to_blocked_op.register_fake
+def _(x):
+    return x.new_empty((-(-x.shape[0] // BLOCK), *x.shape[1:], BLOCK))
+
+
+@torch.library.custom_op("sparsefx::from_blocked", mutates_args=())
+def _from_blocked_op(x: Tensor, images: int, channels_last: bool) -> Tensor:
+    return from_blocked(x.contiguous(), images, _FORMATS[channels_last])
+
+
+@_from_blocked_op.register_fake
+def _(x, images, channels_last):
+    return x.new_empty((images, *x.shape[1:4])).contiguous(memory_format=_FORMATS[channels_last])
+
+
+def batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    *,
+    training: bool,
+    eps: float,
+    images: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize, add `residual`, clamp at zero where `relu`.
+
+    Args:
+        x, residual: Blocked, of `images` images.
+        weight, bias: `[C]` fp32 or None.
+        mean, var: Statistics to use, `[C]` fp32; unused in training, which takes those of the batch.
+    Returns:
+        Blocked output, and in training the batch's mean and biased variance, `[C]`, which carry no gradient.
+    """
+    y, batch_mean, batch_var, _ = _Norm.apply(x, residual, weight, bias, mean, var, training, eps, images, relu)
+    return y, batch_mean, batch_var
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        training: bool,
+        eps: float,
+        images: int,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        run = torch.ops.sparsefx.blocked_norm if torch.compiler.is_compiling() else _norm
+        y, used_mean, used_var, rstd = run(x, residual, weight, bias, mean, var, training, eps, images, relu)
+        # Without a residual backward finds the sign behind the ReLU in x, and y need not be kept.
+        kept = y if relu and residual is not None else None
+        ctx.save_for_backward(x, kept, weight, bias, used_mean, used_var, rstd)
+        ctx.options = training, eps, images, relu, residual is not None
+        ctx.mark_non_differentiable(used_mean, used_var, rstd)
+        return y, used_mean, used_var, rstd
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, y, weight, bias, mean, var, rstd = ctx.saved_tensors
+        training, _, images, relu, added = ctx.options
+        if torch.compiler.is_compiling():
+            run = torch.ops.sparsefx.blocked_norm_backward
+        elif torch.is_grad_enabled():
+            given = x, y, weight, bias, mean, var
+            return (*_differentiable(ctx.needs_input_grad, grad, given, ctx.options), *[None] * 6)
+        else:
+            run = _norm_backward
+        dx, dweight, dbias, dresidual = run(grad, x, y, weight, bias, mean, rstd, training, images, relu, added)
+        return (
+            dx,
+            dresidual if added else None,
+            None if weight is None else dweight,
+            None if bias is None else dbias,
+            *[None] * 6,
+        )
+
+
+def _differentiable(wanted: tuple, grad: Tensor, given: tuple, options: tuple) -> tuple:
+    """The gradients as torch's own differentiable operators, for a double backward."""
+    x, y, weight, bias, mean, var = given
+    training, eps, images, relu, added = options
+    stats = (None, None) if training else (mean, var)
+    normalized = F.batch_norm(leave(x, images, False), *stats, weight, bias, training, 0.0, eps)
+    through = leave(grad, images, False)
+    if relu:
+        through = through * ((normalized.detach() if y is None else leave(y, images, False)) > 0)
+    inputs = [t if want else None for t, want in zip((x, weight, bias), wanted[:1] + wanted[2:4], strict=True)]
+    present = [t for t in inputs if t is not None]
+    found = iter(torch.autograd.grad(normalized, present, through, create_graph=True) if present else ())
+    for_x, for_weight, for_bias = (None if t is None else next(found) for t in inputs)
+    return for_x, enter(through) if added and wanted[1] else None, for_weight, for_bias
+
+
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    eps: float,
+    images: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = batch_norm_forward(
+        x.contiguous(),
+        weight,
+        bias,
+        mean,
+        var,
+        training=training,
+        eps=eps,
+        images=images,
+        residual=None if residual is None else residual.contiguous(),
+        relu=relu,
+    )
+    return out.y, out.mean, out.var, out.rstd
+
+
+def _norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    images: int,
+    relu: bool,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = batch_norm_backward(
+        grad.contiguous(),
+        x.contiguous(),
+        y,
+        weight,
+        bias,
+        mean,
+        rstd,
+        training=training,
+        images=images,
+        relu=relu,
+        residual=residual,
+    )
+    return found.dx, found.dweight, found.dbias, x.new_empty(0) if found.dresidual is None else found.dresidual
+
+
+_norm_op = torch.library.custom_op("sparsefx::blocked_norm", _norm, mutates_args=())
+_norm_backward_op = torch.library.custom_op("sparsefx::blocked_norm_backward", _norm_backward, mutates_args=())
+
+
+@_norm_op.register_fake
+def _(x, residual, weight, bias, mean, var, training, eps, images, relu):
+    channels = [x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(3)]
+    return (x.new_empty(x.shape), *channels)
+
+
+@_norm_backward_op.register_fake
+def _(grad, x, y, weight, bias, mean, rstd, training, images, relu, residual):
+    channels = [x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2)]
+    return (x.new_empty(x.shape), *channels, x.new_empty(x.shape if residual else 0))
+
+
+def max_pool(x: Tensor, pool: Pool) -> Tensor:
+    """Maxima over windows, `[B, C, H, W, 16]` to `[B, C, H', W', 16]`."""
+    return _MaxPool.apply(x, pool)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: Pool) -> Tensor:
+        if torch.compiler.is_compiling():
+            y, taps = torch.ops.sparsefx.blocked_max_pool(x, *pool)
+        else:
+            y, taps = max_pool_forward(x.contiguous(), pool)
+        ctx.save_for_backward(taps)
+        ctx.pool = pool
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _MaxPoolBackward.apply(grad, ctx.saved_tensors[0], ctx.pool), None
+
+
+class _MaxPoolBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, taps: Tensor, pool: Pool) -> Tensor:
+        ctx.save_for_backward(taps)
+        ctx.pool = pool
+        if torch.compiler.is_compiling():
+            return torch.ops.sparsefx.blocked_max_pool_backward(grad, taps, *pool)
+        return max_pool_backward(grad.contiguous(), taps, pool)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Of the gradient of the input, what stands where each maximum came from."""
+        (taps,), (size, kernel, stride, padding) = ctx.saved_tensors, ctx.pool
+        where = taps.long()
+        y, x = torch.arange(taps.shape[2]).view(-1, 1, 1), torch.arange(taps.shape[3]).view(-1, 1)
+        y = y * stride[0] - padding[0] + where.div(kernel[1], rounding_mode="floor")
+        x = x * stride[1] - padding[1] + where % kernel[1]
+        return grad.flatten(2, 3).gather(2, (y * size[1] + x).flatten(2, 3)).view(taps.shape), None, None
+
+
+@torch.library.custom_op("sparsefx::blocked_max_pool", mutates_args=())
+def _max_pool_op(
+    x: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]
+) -> tuple[Tensor, Tensor]:
+    return max_pool_forward(x.contiguous(), _pool(size, kernel, stride, padding))
+
+
+@_max_pool_op.register_fake
+def _(x, size, kernel, stride, padding):
+    shape = (*x.shape[:2], *Pool(size, kernel, stride, padding).out, x.shape[4])
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.uint8)
+
+
+@torch.library.custom_op("sparsefx::blocked_max_pool_backward", mutates_args=())
+def _max_pool_backward_op(
+    grad: Tensor, taps: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]
+) -> Tensor:
+    return max_pool_backward(grad.contiguous(), taps, _pool(size, kernel, stride, padding))
+
+
+@_max_pool_backward_op.register_fake
+def _(grad, taps, size, kernel, stride, padding):
+    return grad.new_empty((*grad.shape[:2], *size, grad.shape[4]))
+
+
+def _pool(*pairs: list[int]) -> Pool:
+    size, kernel, stride, padding = ((a, b) for a, b in pairs)
+    return Pool(size, kernel, stride, padding)
+
+
+class Converted:
+    """A backend of plain activations inside a region: converts at each call. Its layer's `spec.images` is not 0."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend, self.name = backend, backend.name
+
+    def fprop(self, spec: ConvSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Output of the layer."""
+        return enter(self.backend.fprop(_plain(spec), leave(x, spec.images, True), weight, bias))
+
+    def dgrad(self, spec: ConvSpec, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the input."""
+        return enter(self.backend.dgrad(_plain(spec), leave(grad, spec.images, True), _shaped(spec, x), weight))
+
+    def wgrad(self, spec: ConvSpec, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        """Gradient of the existing weights, zero at the missing ones."""
+        return self.backend.wgrad(_plain(spec), *_leave_both(spec, grad, x), weight, mask)
+
+
+class ConvertedDense(Converted):
+    """Masked dense inside a region."""
+
+    def __init__(self) -> None:
+        super().__init__(Dense())
+
+    def dense_wgrad(self, spec: ConvSpec, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of all weights, as if none were missing."""
+        return self.backend.dense_wgrad(_plain(spec), *_leave_both(spec, grad, x), weight)
+
+    def both(self, spec: ConvSpec, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Input gradient and dense weight gradient in one call."""
+        for_input, for_weight = self.backend.both(_plain(spec), *_leave_both(spec, grad, x), weight)
+        return enter(for_input), for_weight
+
+
+CONVERTED_DENSE = ConvertedDense()
+
+
+def _plain(spec: ConvSpec) -> ConvSpec:
+    return spec._replace(images=0)
+
+
+def _leave_both(spec: ConvSpec, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return leave(grad, spec.images, True), leave(x, spec.images, True)
+
+
+def _shaped(spec: ConvSpec, x: Tensor) -> Tensor:
+    """A plain tensor of the shape of `x`, whose contents nobody reads."""
+    return x.new_empty((spec.images, *x.shape[1:4])).contiguous(memory_format=torch.channels_last)

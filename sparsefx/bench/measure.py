@@ -1,0 +1,107 @@
+"""Interleaved timing, and the average of a training step over an update interval."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sparsefx.bench.settings import INTERVAL
+from sparsefx.bench.trainers import Trainer
+
+Clock = Callable[[], float]
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each call, by name: in every round each runs once, so that drift of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            times[name].append(clock() - start)
+    return times
+
+
+def ms(times: Sequence[float]) -> dict[str, float]:
+    """Median, quartile distance over median, and number of samples of some seconds, in milliseconds."""
+    middle = statistics.median(times)
+    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [middle] * 3
+    return {"ms": middle * 1e3, "spread": (quartiles[2] - quartiles[0]) / middle, "samples": len(times)}
+
+
+@dataclass(frozen=True)
+class Amortized:
+    """A sparse training step, averaged over an update interval; milliseconds.
+
+    Attributes:
+        outside, inside: A step outside the window of the dense gradient, and one inside.
+        update: Prune, redistribute, regrow and re-specialize, once.
+        rebuild: What the first step after an update takes more than others, for its new lists.
+        window: Steps inside the window.
+        step: The average.
+    """
+
+    outside: float
+    inside: float
+    update: float
+    rebuild: float
+    window: int
+    interval: int
+    step: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values."""
+        return asdict(self)
+
+
+def amortize(outside: Sequence[float], inside: "WindowTimes", window: int, interval: int = INTERVAL) -> Amortized:
+    """Average a step over an interval with one window and one update.
+
+    Args:
+        outside: Seconds of steps outside the window.
+        inside: Of steps inside.
+        window: Steps inside the window in each interval.
+    Raises:
+        ValueError: no update was timed.
+    """
+    if not inside.updates or not inside.after:
+        raise ValueError("amortize: expected times of an update and of the step after it, got none; use more rounds")
+    out, within, update = (1e3 * statistics.median(t) for t in (outside, inside.steps, inside.updates))
+    rebuild = max(0.0, 1e3 * statistics.median(inside.after) - within)
+    window = min(window, interval)
+    total = (interval - window) * out + window * within + update + rebuild
+    return Amortized(out, within, update, rebuild, window, interval, total / interval)
+
+
+class WindowTimes:
+    """Sorts the times of a trainer that is always inside the window.
+
+    Attributes:
+        steps: Seconds of its steps, without the update where there was one.
+        updates: Seconds of its updates.
+        after: Seconds of the steps that follow an update.
+    """
+
+    def __init__(self, trainer: Trainer, clock: Clock = time.perf_counter) -> None:
+        self.trainer, self.clock = trainer, clock
+        self.steps: list[float] = []
+        self.updates: list[float] = []
+        self.after: list[float] = []
+        self._fresh = False
+
+    def step(self) -> None:
+        """Take a step and keep its times."""
+        before = len(self.trainer.history)
+        start = self.clock()
+        self.trainer.step()
+        seconds = self.clock() - start
+        updated = len(self.trainer.history) > before
+        if updated:
+            update = self.trainer.history[-1]["seconds"]
+            self.updates.append(update)
+            seconds -= update
+        (self.after if self._fresh else self.steps).append(seconds)
+        self._fresh = updated

@@ -1,0 +1,232 @@
+"""Time one network: its training step, inference, memory and where the time goes, dense and sparse in one run."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparsefx import moments
+from sparsefx.bench.breakdown import breakdown
+from sparsefx.bench.measure import Amortized, WindowTimes, amortize, interleaved, ms
+from sparsefx.bench.memory import activation_bytes, sparse_bytes
+from sparsefx.bench.settings import INTERVAL, Setting
+from sparsefx.bench.trainers import DENSE, HALF, Masks, Trainer, dense, sparse
+
+PARTS = ("step", "inference", "memory", "breakdown", "epoch")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to time of a network.
+
+    Attributes:
+        parts: Of `PARTS`; `"step"` always comes first.
+        rounds: Timed steps of each trainer.
+        compiled: Whether torch.compile is among the dense baselines; it takes minutes to compile.
+        variants: Dense baselines, by name; all where empty.
+    """
+
+    batch: int
+    density: float
+    masks: Masks = field(default_factory=Masks)
+    parts: Sequence[str] = PARTS[:-1]
+    rounds: int = 9
+    compiled: bool = True
+    variants: Sequence[str] = ()
+
+
+def bench_model(setting: Setting, request: Request, say: Say = print) -> dict[str, Any]:
+    """Time one network.
+
+    Args:
+        say: Told of each phase as it begins.
+    Returns:
+        Plain values; times in milliseconds, memory in bytes.
+    """
+    trainers, failed = _dense_trainers(setting, request, say)
+    say("sparse: building and choosing backends")
+    outside = sparse(setting, request.batch, request.density, request.masks)
+    every = max(3, request.rounds // 3)
+    inside = sparse(setting, request.batch, request.density, request.masks, window=every)
+    times = WindowTimes(inside)
+    for trainer in (outside, inside):
+        trainer.step()
+        trainer.step()
+    for _ in range(every - 2):
+        inside.step()
+    say(f"training step: {request.rounds} rounds of {', '.join(trainers)}, sparse, sparse in the window")
+    calls = {name: trainer.step for name, trainer in trainers.items()}
+    measured = interleaved({**calls, "sparse": outside.step, "window": times.step}, _whole(request.rounds, every))
+    best = min((name for name in trainers if name not in HALF), key=lambda name: statistics.median(measured[name]))
+    window = moments.memory(outside.optimizer.param_groups[0])
+    average = amortize(measured["sparse"], times, window)
+    row: dict[str, Any] = {
+        "model": setting.name,
+        "batch": request.batch,
+        "density": _density(outside),
+        "masks": request.masks.kind,
+        "parameters": sum(p.numel() for p in outside.model.parameters()),
+        "dense": {name: ms(measured[name]) for name in trainers},
+        "failed": failed,
+        "best_dense": best,
+        "sparse": {**average.to_dict(), "spread": ms(measured["sparse"])["spread"]},
+        "ratio": 1e3 * statistics.median(measured[best]) / average.step,
+        "ratio_without_window": 1e3 * statistics.median(measured[best]) / average.outside,
+        "at_least": setting.at_least,
+        "epoch_of_steps_ms": average.step * INTERVAL,
+        "backends": _backends(outside),
+    }
+    row.update(_more(setting, request, trainers, best, outside, inside, average, say))
+    return row
+
+
+def _more(
+    setting: Setting,
+    request: Request,
+    trainers: dict[str, Trainer],
+    best: str,
+    outside: Trainer,
+    inside: Trainer,
+    average: Amortized,
+    say: Say,
+) -> dict[str, Any]:
+    """The parts after the step."""
+    row: dict[str, Any] = {}
+    if "memory" in request.parts:
+        say("memory of activations")
+        eager = trainers.get(best.replace(" compiled", "")) or trainers[best]
+        row["memory"] = {
+            "dense_activations": activation_bytes(eager),
+            "sparse_activations": activation_bytes(outside),
+            **sparse_bytes(inside),
+        }
+    if "breakdown" in request.parts:
+        say("breakdown by kind of work")
+        eager = best.replace(" compiled", "")
+        row["breakdown"] = {
+            "dense": breakdown(trainers[eager]) if eager in trainers else None,
+            "sparse": breakdown(outside),
+            "sparse in the window": breakdown(_after_update(inside), steps=1),
+        }
+        parts = row["breakdown"]["sparse"]
+        row["optimizer_share"] = parts.get("optimizer and masks", 0.0) / sum(parts.values())
+    if "inference" in request.parts:
+        row["inference"] = {
+            str(size): _inference(setting, size, trainers, outside, request.rounds, say) for size in (1, 128)
+        }
+    if "epoch" in request.parts:
+        row["epoch"] = _epoch(setting, request, trainers[best], say)
+    return row
+
+
+def _dense_trainers(setting: Setting, request: Request, say: Say) -> tuple[dict[str, Trainer], dict[str, str]]:
+    """Warm dense trainers, and why the others cannot run."""
+    names = list(request.variants) or [
+        name
+        for name in (*DENSE, *HALF)
+        if (request.compiled or "compiled" not in name) and (len(setting.image) == 3 or not name.startswith("nhwc"))
+    ]
+    found, failed = {}, {}
+    for name in names:
+        say(f"dense: warming up {name}")
+        try:
+            trainer = dense(setting, request.batch, name)
+            trainer.step()
+            trainer.step()
+        except Exception as error:  # a baseline that torch cannot run must not end the benchmark
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            say(f"dense: {name} does not run ({failed[name]})")
+            continue
+        found[name] = trainer
+    if not any(name not in HALF for name in found):
+        raise RuntimeError(f"{setting.name}: expected a dense baseline that runs, got none ({failed})")
+    return found, failed
+
+
+def _after_update(trainer: Trainer) -> Trainer:
+    """The trainer, whose next step neither updates nor builds lists."""
+    updates = len(trainer.history)
+    while len(trainer.history) == updates:
+        trainer.step()
+    trainer.step()
+    return trainer
+
+
+def _whole(rounds: int, every: int) -> int:
+    """`rounds`, and as many more as it takes to see an update and the step after it."""
+    return max(rounds, every + 1)
+
+
+def _density(trainer: Trainer) -> float:
+    layers = trainer.model.scheduler.layers.values()  # pyright: ignore[reportAttributeAccessIssue]
+    return sum(int(layer.weight_mask.sum()) for layer in layers) / sum(layer.weight_mask.numel() for layer in layers)
+
+
+def _backends(trainer: Trainer) -> dict[str, dict[str, str]]:
+    scheduler: Any = trainer.model.scheduler
+    return {name: scheduler.specializer.backends(layer) for name, layer in scheduler.layers.items()}
+
+
+@torch.no_grad()
+def _inference(
+    setting: Setting, batch: int, trainers: dict[str, Trainer], ours: Trainer, rounds: int, say: Say
+) -> dict[str, Any]:
+    """Milliseconds of a forward pass in eval mode."""
+    say(f"inference, batch {batch}")
+    images, _ = setting.data(batch)
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, trainer in {**trainers, "sparse": ours}.items():
+        trainer.model.eval()
+        last = name.startswith("nhwc") and images.dim() == 4
+        own = images.contiguous(memory_format=torch.channels_last) if last else images
+        calls[name] = _Forward(trainer, own)
+        try:
+            calls[name]()
+            calls[name]()
+        except Exception as error:  # as above
+            say(f"inference: {name} does not run ({type(error).__name__})")
+            del calls[name]
+    measured = interleaved(calls, 3 * rounds)
+    for trainer in (*trainers.values(), ours):
+        trainer.model.train()
+    rows = {name: ms(times) for name, times in measured.items()}
+    best = min((name for name in rows if name != "sparse" and name not in HALF), key=lambda name: rows[name]["ms"])
+    return {**rows, "best_dense": best, "ratio": rows[best]["ms"] / rows["sparse"]["ms"]}
+
+
+class _Forward:
+    """A call of a network on a batch."""
+
+    def __init__(self, trainer: Trainer, images: torch.Tensor) -> None:
+        self.trainer, self.images = trainer, images
+
+    def __call__(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.trainer.half):
+            self.trainer.run(self.images)
+
+
+def _epoch(setting: Setting, request: Request, best: Trainer, say: Say) -> dict[str, float]:
+    """Milliseconds of `INTERVAL` real steps with their window, their update and the rebuilding after it, in turns."""
+    say(f"an epoch of {INTERVAL} steps, dense and sparse in turns")
+    ours = sparse(setting, request.batch, request.density, request.masks)
+    ours.step()
+    spent = {"dense": 0.0, "sparse": 0.0}
+    done = 0
+    while done < INTERVAL:
+        count = min(30, INTERVAL - done)
+        for name, trainer in (("dense", best), ("sparse", ours)):
+            start = time.perf_counter()
+            for _ in range(count):
+                trainer.step()
+            spent[name] += time.perf_counter() - start
+        done += count
+    assert len(ours.history) == 1
+    return {
+        "dense_ms": 1e3 * spent["dense"],
+        "sparse_ms": 1e3 * spent["sparse"],
+        "ratio": spent["dense"] / spent["sparse"],
+    }

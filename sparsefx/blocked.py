@@ -1,0 +1,116 @@
+"""What a region of the layout pass runs: layers and functions on activations `[ceil(N / 16), C, H, W, 16]`.
+
+Each takes the number N of images where it needs it; lanes beyond them are zero and stay so.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsefx.kernels import blocked as kernels
+from sparsefx.kernels import ops
+from sparsefx.kernels.cpu.abi import BLOCK
+from sparsefx.kernels.spec import ConvSpec
+from sparsefx.layers import SparseConv2d
+
+enter = kernels.enter
+leave = kernels.leave
+
+
+def conv(layer: SparseConv2d, x: Tensor, images: int, relu: bool = False) -> Tensor:
+    """The layer on blocked activations, and a ReLU behind it."""
+    x, weight, bias = layer._operands(x)
+    _, padding = layer._pad(x)
+    spec = ConvSpec(list(layer.stride), padding, list(layer.dilation), False, [0, 0], layer.groups, images)
+    out = ops.conv(x, weight, bias, layer.weight_mask, layer.handle, spec)
+    return torch.relu_(out) if relu else out
+
+
+def batch_norm(
+    layer: nn.BatchNorm2d, x: Tensor, images: int, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """The layer on blocked activations, then `+ residual`, then a ReLU; running statistics as torch keeps them."""
+    factor = 0.0 if layer.momentum is None else layer.momentum
+    tracked = layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None
+    if layer.training and tracked and layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+        if layer.momentum is None:
+            factor = 1.0 / float(layer.num_batches_tracked)
+    training = layer.training or not tracked
+    y, mean, var = kernels.batch_norm(
+        x,
+        residual,
+        layer.weight,
+        layer.bias,
+        layer.running_mean,
+        layer.running_var,
+        training=training,
+        eps=layer.eps,
+        images=images,
+        relu=relu,
+    )
+    if layer.training and tracked and layer.running_mean is not None and layer.running_var is not None:
+        count = images * x.shape[2] * x.shape[3]
+        with torch.no_grad():
+            layer.running_mean.lerp_(mean, factor)
+            layer.running_var.lerp_(var * (count / (count - 1)), factor)
+    return y
+
+
+def max_pool2d(
+    x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Tensor:
+    """`torch.nn.functional.max_pool2d`."""
+    kernel, padded = _pair(kernel_size), _pair(padding)
+    geometry = kernels.Pool((x.shape[2], x.shape[3]), kernel, _pair(stride) if stride else kernel, padded)
+    fits = all(0 <= 2 * p <= k for k, p in zip(kernel, padded, strict=True)) and kernel[0] * kernel[1] <= 256
+    if ceil_mode or _pair(dilation) != (1, 1) or not fits or min(geometry.out) < 1:
+        return pool(F.max_pool2d, x, kernel_size, stride, padding, dilation, ceil_mode)
+    return kernels.max_pool(x, geometry)
+
+
+def max_pool(layer: nn.MaxPool2d, x: Tensor) -> Tensor:
+    """The layer on blocked activations."""
+    return max_pool2d(x, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def pool(function: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A pooling of torch's, natively on the channels_last view `[B * C, 16, H, W]` of the same memory."""
+    b, c, h, w, lanes = x.shape
+    out = function(x.contiguous().view(b * c, h, w, lanes).permute(0, 3, 1, 2), *args, **kwargs)
+    return out.permute(0, 2, 3, 1).contiguous().view(b, c, out.shape[2], out.shape[3], lanes)
+
+
+def mean(x: Tensor) -> Tensor:
+    """Mean over height and width, `[B, C, 1, 1, 16]`."""
+    return x.mean((2, 3), keepdim=True)
+
+
+def saturate(function: Callable[..., Tensor], x: Tensor, images: int, *args: Any, **kwargs: Any) -> Tensor:
+    """An elementwise function that maps zero to something else, with lanes beyond the images zero again."""
+    out = function(x, *args, **kwargs)
+    rest = images % BLOCK
+    if rest == 0:
+        return out
+    exists = torch.ones(out.shape[0], 1, 1, 1, BLOCK, dtype=out.dtype)
+    exists[-1, ..., rest:] = 0
+    return out * exists
+
+
+def dropout(function: Callable[..., Tensor], x: Tensor, images: int, *args: Any, **kwargs: Any) -> Tensor:
+    """A dropout of torch's, of the same elements as on `[N, C, H, W]`."""
+    kept = function(x.new_ones((images, *x.shape[1:4])), *args, **kwargs)
+    return x * enter(kept)
+
+
+def size(x: Tensor, images: int, dim: int | None = None) -> Any:
+    """`x.size()` or `x.size(dim)` of the activations as the model knows them."""
+    shape = torch.Size((images, *x.shape[1:4]))
+    return shape if dim is None else shape[dim]

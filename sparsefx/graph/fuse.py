@@ -1,0 +1,59 @@
+"""The fuse pass: in a region, BatchNorm with the residual and the ReLU behind it, a convolution with its ReLU."""
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from sparsefx import blocked
+
+_RELUS = {torch.relu, torch.relu_, F.relu, "relu", "relu_"}
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+def fuse(model: nn.Module, graph: fx.Graph) -> None:
+    """Fuse in place what stands in a region of `graph`; values that something else reads stay."""
+    for node in list(graph.nodes):
+        if node.target is blocked.batch_norm:
+            _fuse(model, graph, node, residuals=True)
+        elif node.target is blocked.conv:
+            _fuse(model, graph, node, residuals=False)
+    graph.lint()
+
+
+def _fuse(model: nn.Module, graph: fx.Graph, node: fx.Node, residuals: bool) -> None:
+    last, residual = node, None
+    added = _only_user(node)
+    if residuals and added is not None and added.target in _ADDS and len(added.args) == 2:
+        others = [a for a in added.args if a is not node]
+        if len(others) == 1 and isinstance(others[0], fx.Node):
+            last, residual = added, others[0]
+    relu = _only_user(last)
+    clamps = relu is not None and _is_relu(model, relu)
+    if clamps and relu is not None:
+        last = relu
+    if last is node:
+        return
+    kwargs: dict[str, Any] = {"relu": clamps}
+    if residual is not None:
+        kwargs["residual"] = residual
+    with graph.inserting_before(last):
+        fused = graph.call_function(node.target, node.args, kwargs)  # pyright: ignore[reportArgumentType]
+    last.replace_all_uses_with(fused)
+    while last is not node:
+        before = last.args[0] if last.args[0] is not residual else last.args[1]
+        graph.erase_node(last)
+        last = before
+    graph.erase_node(node)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_relu(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(model.get_submodule(str(node.target))) is nn.ReLU
+    return node.target in _RELUS

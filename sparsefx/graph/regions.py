@@ -1,0 +1,162 @@
+"""Run a graph in regions where that is faster: build the regions, check them against the graph, and choose by time."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
+
+from sparsefx.graph.fuse import fuse
+from sparsefx.graph.layout import DTYPES, assign, record
+from sparsefx.graph.snapshot import RandomState, State
+
+Choose = Callable[[tuple, list[Callable[[], Any]]], int]
+"""`(key, calls) -> index` of the call to prefer, by measurement or from a table."""
+_TOLERANCE = 1e-2
+"""Relative norm of the difference between both graphs' outputs: kernels round differently, and a wrong graph is far."""
+
+
+class Fast:
+    """A graph with regions, as a function of the model, and the guards of the modules that it absorbed."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, inputs: tuple[Tensor, ...]) -> None:
+        regions = assign(model, graph, record(model, graph, inputs))
+        self.graph = None if regions is None else regions.graph
+        self.absorbed = () if regions is None else regions.absorbed
+        if self.graph is not None:
+            fuse(model, self.graph)
+            self.function = function(self.graph)
+
+    def holds(self) -> bool:
+        """Whether every absorbed module is as it was: same object and mode, no hooks."""
+        return all(container.holds() for container in self.absorbed)
+
+
+class Chooser:
+    """The choice between a graph and its regions, once for each kind of call.
+
+    Attributes:
+        compiled: What a compiled graph runs: the latest choice.
+        problem: Why regions are not run although they could be; empty otherwise.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, choose: Choose) -> None:
+        self.model, self.plain, self.choose = model, function(graph), choose
+        self.old = graph
+        self.compiled: Fast | None = None
+        self.problem = ""
+        self._built: dict[tuple, Fast] = {}
+        self._choices: dict[tuple, Fast | None] = {}
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        """Run what was chosen for such a call, choosing first if need be."""
+        if torch.compiler.is_compiling():
+            fast = self.compiled
+        else:
+            key = call_key(inputs)
+            if key not in self._choices:
+                if observed(self.model):
+                    return self.plain(self.model, *inputs)
+                self._choices[key] = self._choice(key, inputs)
+            fast = self.compiled = self._choices[key]
+        if fast is None or not fast.holds():
+            return self.plain(self.model, *inputs)
+        return fast.function(self.model, *inputs)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the latest call."""
+        fast = self.compiled
+        return self.old if fast is None or fast.graph is None or not fast.holds() else fast.graph
+
+    def _choice(self, key: tuple, inputs: tuple[Tensor, ...]) -> Fast | None:
+        if not all(_ordinary(x) for x in inputs) or self.problem:
+            return None
+        before, generators = State(self.model), RandomState()
+
+        def restored(call: Callable[[], Any]) -> Any:
+            try:
+                return call(), before.buffers()
+            finally:
+                before.restore()
+                generators.restore()
+
+        fast = self._fast(inputs, restored)
+        if fast.graph is None:
+            return None
+        functions = self.plain, fast.function
+        expected, got = (restored(partial(detached, call, self.model, inputs)) for call in functions)
+        if not alike(expected, got):
+            self.problem = "has regions whose results differ from those of its graph"
+            return None
+        steps = [partial(step, call, self.model, inputs) for call in functions]
+        chosen = restored(partial(self.choose, ("regions", self.model.training, *key), steps))[0]
+        return fast if chosen else None
+
+    def _fast(self, inputs: tuple[Tensor, ...], restored: Callable) -> Fast:
+        shape = tuple((x.shape[1:], x.dtype) for x in inputs)
+        if shape not in self._built:
+            self._built[shape] = restored(partial(Fast, self.model, self.old, inputs))[0]
+        return self._built[shape]
+
+
+def observed(model: nn.Module) -> bool:
+    """Whether a hook would see the extra runs of a verification or a measurement."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model)
+
+
+def call_key(inputs: tuple[Tensor, ...]) -> tuple:
+    """What the choice depends on: shapes and types, whether there will be a backward pass, autocast."""
+    cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    return torch.is_grad_enabled(), cast, *((x.shape, x.dtype) for x in inputs)
+
+
+def step(call: Callable, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """One forward pass, and where gradients are enabled one backward pass that leaves no gradient behind."""
+    out = pytree.tree_leaves(call(model, *inputs))
+    sums = [t.float().sum() for t in out if isinstance(t, Tensor) and t.requires_grad]
+    if sums:
+        wanted = [t for t in (*model.parameters(), *inputs) if t.requires_grad]
+        torch.autograd.grad(sums, wanted, allow_unused=True)
+
+
+@torch.no_grad()
+def detached(call: Callable, model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:
+    """The outputs of a call, without gradients."""
+    return pytree.tree_leaves(call(model, *inputs))
+
+
+def alike(expected: Any, got: Any) -> bool:
+    """Whether two lists of tensors agree, up to the rounding of other kernels."""
+    ones, others = pytree.tree_leaves(expected), pytree.tree_leaves(got)
+    return len(ones) == len(others) and all(_close(a, b) for a, b in zip(ones, others, strict=True))
+
+
+def _close(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(one == other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    a, b = one.detach().double(), other.detach().double()
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    finite = a.isfinite()
+    a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
+    return bool((a - b).norm() <= _TOLERANCE * max(float(a.norm()), 1e-30))
+
+
+def _ordinary(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0
+
+
+def function(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph's Python code as a function of the model."""
+    code = graph.python_code("self")
+    space = dict(code.globals)
+    exec(compile(code.src, "<sparsefx graph>", "exec"), space)
+    return space["forward"]

@@ -1,0 +1,71 @@
+"""Interleaving, and the average of a step over an update interval, on a clock that the test winds."""
+
+import pytest
+
+from sparsefx.bench.measure import WindowTimes, amortize, interleaved, ms
+
+
+class Wound:
+    """A clock, and a trainer whose steps take as long as the test says."""
+
+    def __init__(self, seconds, updates):
+        self.now, self.seconds, self.updates, self.history = 0.0, list(seconds), dict(updates), []
+        self.taken = 0
+
+    def clock(self):
+        return self.now
+
+    def step(self):
+        self.now += self.seconds[self.taken]
+        self.taken += 1
+        if self.taken in self.updates:
+            self.history.append({"seconds": self.updates[self.taken]})
+
+
+def timed(seconds, updates):
+    trainer = Wound(seconds, updates)
+    times = WindowTimes(trainer, trainer.clock)
+    for _ in seconds:
+        times.step()
+    return times
+
+
+def test_calls_alternate_and_their_times_are_theirs():
+    order, now = [], [0.0]
+
+    def call(name, seconds):
+        order.append(name)
+        now[0] += seconds
+
+    calls = {"a": lambda: call("a", 1.0), "b": lambda: call("b", 3.0)}
+    assert interleaved(calls, 3, lambda: now[0]) == {"a": [1.0] * 3, "b": [3.0] * 3}
+    assert order == ["a", "b"] * 3
+
+
+def test_window_times_are_sorted():
+    times = timed([1.0, 1.5, 3.0, 1.75, 1.25], {3: 2.0})
+    assert times.steps == [1.0, 1.5, 1.0, 1.25]
+    assert times.updates == [2.0]
+    assert times.after == [1.75]
+
+
+def test_the_average_counts_window_update_and_new_lists_once():
+    times = timed([0.25, 2.25, 0.75, 0.25], {2: 2.0})
+    average = amortize([0.125, 0.125, 0.5], times, window=44, interval=390)
+    assert (average.outside, average.inside, average.update) == (125, 250, 2000)
+    assert average.rebuild == pytest.approx(500)
+    assert average.step == pytest.approx((346 * 125 + 44 * 250 + 2000 + 500) / 390)
+
+
+def test_a_window_longer_than_the_interval_fills_it():
+    times = timed([0.25, 2.25, 0.25], {2: 2.0})
+    assert amortize([0.1], times, window=44, interval=4).step == pytest.approx((4 * 250 + 2000) / 4)
+
+
+def test_no_update_raises():
+    with pytest.raises(ValueError, match="more rounds"):
+        amortize([1.0], timed([1.0], {}), window=44)
+
+
+def test_median_and_spread():
+    assert ms([4.0, 1.0, 2.0, 3.0, 5.0]) == {"ms": 3000.0, "spread": 1.0, "samples": 5}
