@@ -290,4 +290,3 @@ def _tell(model: nn.Module, told: dict[str, str], untraced: dict[str, str]) -> N
                 TraceWarning,
                 stacklevel=3,
             )
-
