@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsefx.kernels.cpu.abi import BLOCK
 from sparsefx.kernels.cpu.layout import from_blocked, to_blocked
 from sparsefx.kernels.cpu.norm import batch_norm_backward, batch_norm_forward
+from sparsefx.kernels.cpu.pool import Pool, max_pool_backward, max_pool_forward
 from sparsefx.kernels.reference import Dense
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
 
@@ -126,7 +127,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, y, weight, bias, mean, var, rstd = ctx.saved_tensors
-        training, eps, images, relu, added = ctx.options
+        training, _, images, relu, added = ctx.options
         if torch.compiler.is_compiling():
             run = torch.ops.sparsefx.blocked_norm_backward
         elif torch.is_grad_enabled():
@@ -230,6 +231,77 @@ def _(x, residual, weight, bias, mean, var, training, eps, images, relu):
 def _(grad, x, y, weight, bias, mean, rstd, training, images, relu, residual):
     channels = [x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2)]
     return (x.new_empty(x.shape), *channels, x.new_empty(x.shape if residual else 0))
+
+
+def max_pool(x: Tensor, pool: Pool) -> Tensor:
+    """Maxima over windows, `[B, C, H, W, 16]` to `[B, C, H', W', 16]`."""
+    return _MaxPool.apply(x, pool)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: Pool) -> Tensor:
+        if torch.compiler.is_compiling():
+            y, taps = torch.ops.sparsefx.blocked_max_pool(x, *pool)
+        else:
+            y, taps = max_pool_forward(x.contiguous(), pool)
+        ctx.save_for_backward(taps)
+        ctx.pool = pool
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _MaxPoolBackward.apply(grad, ctx.saved_tensors[0], ctx.pool), None
+
+
+class _MaxPoolBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, taps: Tensor, pool: Pool) -> Tensor:
+        ctx.save_for_backward(taps)
+        ctx.pool = pool
+        if torch.compiler.is_compiling():
+            return torch.ops.sparsefx.blocked_max_pool_backward(grad, taps, *pool)
+        return max_pool_backward(grad.contiguous(), taps, pool)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Of the gradient of the input, what stands where each maximum came from."""
+        (taps,), (size, kernel, stride, padding) = ctx.saved_tensors, ctx.pool
+        where = taps.long()
+        y, x = torch.arange(taps.shape[2]).view(-1, 1, 1), torch.arange(taps.shape[3]).view(-1, 1)
+        y = y * stride[0] - padding[0] + where.div(kernel[1], rounding_mode="floor")
+        x = x * stride[1] - padding[1] + where % kernel[1]
+        return grad.flatten(2, 3).gather(2, (y * size[1] + x).flatten(2, 3)).view(taps.shape), None, None
+
+
+@torch.library.custom_op("sparsefx::blocked_max_pool", mutates_args=())
+def _max_pool_op(
+    x: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]
+) -> tuple[Tensor, Tensor]:
+    return max_pool_forward(x.contiguous(), _pool(size, kernel, stride, padding))
+
+
+@_max_pool_op.register_fake
+def _(x, size, kernel, stride, padding):
+    shape = (*x.shape[:2], *Pool(size, kernel, stride, padding).out, x.shape[4])
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.uint8)
+
+
+@torch.library.custom_op("sparsefx::blocked_max_pool_backward", mutates_args=())
+def _max_pool_backward_op(
+    grad: Tensor, taps: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]
+) -> Tensor:
+    return max_pool_backward(grad.contiguous(), taps, _pool(size, kernel, stride, padding))
+
+
+@_max_pool_backward_op.register_fake
+def _(grad, taps, size, kernel, stride, padding):
+    return grad.new_empty((*grad.shape[:2], *size, grad.shape[4]))
+
+
+def _pool(*pairs: list[int]) -> Pool:
+    size, kernel, stride, padding = ((a, b) for a, b in pairs)
+    return Pool(size, kernel, stride, padding)
 
 
 class Converted:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sparsefx.algorithms import SparseMomentum
 from sparsefx.checkpoint import Checked
 from sparsefx.config import Granularity, check_density
+from sparsefx.distributed import ignore_masks
 from sparsefx.errors import LayerError
 from sparsefx.graph.install import check_names, install
 from sparsefx.graph.rewrite import Distribution, rewrite_
@@ -73,6 +74,7 @@ def sparsify(
     bound.rebind(layers)
     extras = {"scheduler": bound, "dense": selection.dense}
     program = install(model, is_leaf=is_leaf, mixins=(Checked,), extras=extras, choose=specializer.choose_graph)
+    ignore_masks(model)
     if example_inputs is not None:
         program.verify(model, *((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))
     return model
@@ -90,4 +92,6 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
         Bool tensors of the weights' shapes, True where a weight exists, by the weight's name in `state_dict`. They are
         the model's own, not copies.
     """
+    if isinstance(model, Checked):
+        model.scheduler.settle()
     return {f"{name}.weight".lstrip("."): layer.weight_mask for name, layer in sparse_layers(model)}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsefx.kernels import blocked as kernels
@@ -19,12 +20,14 @@ enter = kernels.enter
 leave = kernels.leave
 
 
-def conv(layer: SparseConv2d, x: Tensor, images: int, relu: bool = False) -> Tensor:
-    """The layer on blocked activations, and a ReLU behind it."""
+def conv(layer: SparseConv2d, x: Tensor, images: int, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    """The layer on blocked activations, then `+ residual`, then a ReLU."""
     x, weight, bias = layer._operands(x)
     _, padding = layer._pad(x)
     spec = ConvSpec(list(layer.stride), padding, list(layer.dilation), False, [0, 0], layer.groups, images)
     out = ops.conv(x, weight, bias, layer.weight_mask, layer.handle, spec)
+    if residual is not None:
+        out = out.add_(residual)
     return torch.relu_(out) if relu else out
 
 
@@ -57,6 +60,27 @@ def batch_norm(
             layer.running_mean.lerp_(mean, factor)
             layer.running_var.lerp_(var * (count / (count - 1)), factor)
     return y
+
+
+def max_pool2d(
+    x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Tensor:
+    """`torch.nn.functional.max_pool2d`."""
+    kernel, padded = _pair(kernel_size), _pair(padding)
+    geometry = kernels.Pool((x.shape[2], x.shape[3]), kernel, _pair(stride) if stride else kernel, padded)
+    fits = all(0 <= 2 * p <= k for k, p in zip(kernel, padded, strict=True)) and kernel[0] * kernel[1] <= 256
+    if ceil_mode or _pair(dilation) != (1, 1) or not fits or min(geometry.out) < 1:
+        return pool(F.max_pool2d, x, kernel_size, stride, padding, dilation, ceil_mode)
+    return kernels.max_pool(x, geometry)
+
+
+def max_pool(layer: nn.MaxPool2d, x: Tensor) -> Tensor:
+    """The layer on blocked activations."""
+    return max_pool2d(x, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def pool(function: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

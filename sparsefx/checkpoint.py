@@ -15,11 +15,16 @@ from sparsefx.scheduler import Scheduler
 class Checked(nn.Module):
     """Mixin of a sparsified model's class: `load_state_dict` checks first, and copies drive their own layers."""
 
+    scheduler: Scheduler
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        scheduler = self.scheduler
-        assert isinstance(scheduler, Scheduler)
-        scheduler.rebind({f"{name}.weight".lstrip("."): layer for name, layer in sparse_layers(self)})
+        self.scheduler.rebind({f"{name}.weight".lstrip("."): layer for name, layer in sparse_layers(self)})
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's keys, and the masks."""
+        self.scheduler.settle()
+        return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a sparse or a dense checkpoint; a dense one leaves the masks and zeroes the missing weights.
@@ -71,8 +76,10 @@ def _check_masks(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{key}: expected a bool mask, got {state_dict[key].dtype}; load the saved masks")
     total = sum(state_dict[key].numel() for key in keys)
     count = sum(int(state_dict[key].sum()) for key in keys)
-    mine = sum(int(layer.weight_mask.sum()) for _, layer in sparse_layers(model))
-    if count != mine:
+    scheduler = model.scheduler
+    assert isinstance(scheduler, Scheduler)
+    mine = scheduler.target  # masks of larger units fall short of it by less than one unit
+    if not mine - max(unit.whole for unit in scheduler.units.values()) < count <= mine:
         raise CheckpointError(
             f"{type(model).__name__}: expected masks with {mine} of {total} weights (density {mine / total:.6g}), got "
             f"{count} (density {count / total:.6g}); sparsify at the density of the checkpoint, or drop its masks"

@@ -29,6 +29,10 @@ class CheckpointError(SparsefxError, RuntimeError):
     """A state that does not fit the model; nothing has been written."""
 
 
+class DistributedError(SparsefxError, RuntimeError):
+    """Ranks that disagree, or of which one is gone."""
+
+
 class SparsefxWarning(UserWarning):
     """Base of all warnings."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsefx.errors import CheckpointError, LayerError, MaskError
 from sparsefx.kernels import ops
+from sparsefx.kernels.masking import masked_
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.spec import ConvSpec
 
@@ -47,6 +48,11 @@ class SparseLayer(nn.Module):
         """The constant that a compiled graph holds."""
         return self._runtime.handle
 
+    @property
+    def full(self) -> bool:
+        """Whether the layer stays dense for good, as at density 1.0."""
+        return self._full
+
     @torch.no_grad()
     def set_mask_(self, mask: Tensor) -> None:
         """Replace the mask in place and zero the weights that no longer exist.
@@ -70,7 +76,7 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def zero_missing_(self) -> None:
         """Make the stored weight exactly zero where the mask is False."""
-        self.weight.masked_fill_(~self.weight_mask, 0)
+        masked_(self.weight.detach(), self.weight_mask)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias in the type that autocast asks for."""

@@ -30,8 +30,14 @@ def check_family(optimizer: Optimizer) -> None:
     elif not isinstance(optimizer, ADAMS):
         raise SchedulerError(
             f"{name}: expected SGD with momentum, Adam, AdamW, NAdam or RAdam, got {name}, which keeps no first "
-            "moment that is linear in the gradient; use one of these"
+            'moment that is linear in the gradient; use one of these, or SparseMomentum(redistribute="nonzero", '
+            'grow="random"), which needs none'
         )
+
+
+def leaves_zeros(optimizer: Optimizer) -> bool:
+    """Whether a step is known to leave a weight of zero, without gradient and moment, at zero."""
+    return isinstance(optimizer, (SGD, *ADAMS))
 
 
 def memory(group: dict) -> int:

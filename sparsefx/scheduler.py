@@ -1,4 +1,4 @@
-"""When masks change: the optimizer hook, the window of the dense gradient, updates, history and state."""
+"""When masks change: the optimizer hook, updates, history and state."""
 
 import copy
 import time
@@ -18,8 +18,10 @@ from sparsefx.config import Granularity
 from sparsefx.errors import CheckpointError, SchedulerError, UpdateWarning
 from sparsefx.layers import SparseLayer
 from sparsefx.masks import Units, target_count
+from sparsefx.ranks import Ranks
 from sparsefx.specialize import Specializer
 from sparsefx.update import LayerState, unusable, update_masks
+from sparsefx.window import Window
 
 
 class Scheduler:
@@ -32,6 +34,7 @@ class Scheduler:
         history: One row an update: `step`, `prune_rate`, `seconds`, `skipped` (None or why), and `layers`, by weight
             name: `nnz`, `density`, `removed`, `grown`, `empty_in`, `empty_out`, `backends`.
         specializer: Plans and backend choices.
+        window: What collects the gradient of missing weights.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Scheduler:
             name: Units.of(layer.weight.shape, granularity, layer.transposed) for name, layer in layers.items()
         }
         self.target = target_count(density, sum(layer.weight_mask.numel() for layer in layers.values()))
+        self._source: weakref.ref[Scheduler] | None = None
         self._rules = {
             kind: resolve(kind, getattr(config, kind)) for kind in ("decay", "prune", "redistribute", "grow")
         }
@@ -66,11 +70,7 @@ class Scheduler:
         self._counts: list[int] = []
         self._steps_per_update = 0
         self._total_steps = 0
-        self._window = 0
-        self._folds = 0
-        self._open = False
-        self._stale = False
-        self._fresh: set[str] = set()
+        self.window = Window(self.layers)
 
     @property
     def attached(self) -> bool:
@@ -84,7 +84,14 @@ class Scheduler:
             return self.config.prune_rate
         return self._rules["decay"](self.config.prune_rate, self.step, self._total_steps)
 
-    def attach(self, optimizer: Optimizer | Sequence[Optimizer], *, steps_per_update: int, total_steps: int) -> None:
+    def attach(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        steps_per_update: int,
+        total_steps: int,
+        process_group: Any = None,
+    ) -> None:
         """Let the optimizer's steps drive the updates; nothing else in the training loop changes.
 
         Args:
@@ -92,9 +99,12 @@ class Scheduler:
             steps_per_update: Optimizer steps between updates; the paper's is one epoch.
             total_steps: Optimizer steps of the whole training, over which the prune rate falls. No update comes at
                 or after the last.
+            process_group: The ranks that train this model together, each of which calls `attach`; None is the default
+                group, where torch.distributed is initialized.
         Raises:
             SchedulerError: an optimizer without a usable first moment or without sparse weights, numbers below 1, or
                 a second `attach`.
+            DistributedError: the masks differ between ranks.
         """
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         if self._handles or self._optimizers:
@@ -114,15 +124,21 @@ class Scheduler:
         if self._needs_moment:
             for one in optimizers:
                 moments.check_family(one)
-        self._optimizers = optimizers
-        places = self._places()
+        window = Window(self.layers, optimizers, Ranks(process_group))
+        places = window.places()
         for one in optimizers:
             if not any(owner is one for owner, _ in places.values()):
-                self._optimizers = []
                 raise SchedulerError(
                     f"attach: expected an optimizer with sparse weights, got {type(one).__name__} without any; "
-                    "build it from model.parameters() and attach that one"
+                    "build it from model.parameters() and attach that one (for fp32 master weights, keep the model in "
+                    "fp32 and run it under autocast)"
                 )
+        window.ranks.agree(
+            {name: [layer.weight_mask] for name, layer in self.layers.items()},
+            "attach",
+            "sparsify with the same seed, and load the same checkpoint, on every rank",
+        )
+        self._optimizers, self.window = optimizers, window
         self._steps_per_update, self._total_steps = steps_per_update, total_steps
         self._counts = [self.step] * len(optimizers)
         if all(int(layer.weight_mask.sum()) == layer.weight_mask.numel() for layer in self.layers.values()):
@@ -134,21 +150,20 @@ class Scheduler:
                 UpdateWarning,
                 stacklevel=2,
             )
-        self._window = self._window_length(places)
+        window.length = self._window_length(window)
         me: weakref.ref[Scheduler] = weakref.ref(self)
         self._handles = [
             one.register_step_post_hook(partial(_after_step, me, index)) for index, one in enumerate(optimizers)
         ]
-        self._stale = True
-        self._note_fresh()
+        window.stale = True
+        window.note_fresh()
         self._set_window()
 
     def detach(self) -> None:
         """Remove the hooks; the masks stay as they are."""
         for handle in self._handles:
             handle.remove()
-        for layer in self.layers.values():
-            layer.runtime.collecting, layer.runtime.collected = False, None
+        self.window.set_open(False)
         self._detach_state()
 
     @property
@@ -159,24 +174,13 @@ class Scheduler:
     def _needs_moment(self) -> bool:
         return self._rules["grow"].needs_first_moment or self.config.redistribute == "momentum"
 
-    def _places(self) -> dict[str, tuple[Optimizer, dict]]:
-        """Optimizer and parameter group of each sparse weight that is trained."""
-        names = {id(layer.weight): name for name, layer in self.layers.items() if layer.weight.requires_grad}
-        return {
-            names[id(parameter)]: (optimizer, group)
-            for optimizer in self._optimizers
-            for group, parameter in moments.members(optimizer)
-            if id(parameter) in names
-        }
-
-    def _window_length(self, places: dict[str, tuple[Optimizer, dict]]) -> int:
+    def _window_length(self, window: Window) -> int:
         if not self._rules["grow"].needs_first_moment:
             return 0
         if self._always:
             return self._steps_per_update
-        window = self.config.dense_grad_window
-        length = window if isinstance(window, int) else max(moments.memory(group) for _, group in places.values())
-        return min(length, self._steps_per_update)
+        asked = self.config.dense_grad_window
+        return min(asked if isinstance(asked, int) else window.memory(), self._steps_per_update)
 
     @property
     def _next_update(self) -> int:
@@ -185,98 +189,44 @@ class Scheduler:
     def _set_window(self) -> None:
         """Open or close the window for the next step."""
         coming = self._next_update < self._total_steps
-        is_open = coming and self._next_update - self.step <= self._window
-        if self._open and not is_open:
-            self._clear_missing()
-        self._open = is_open
-        places = self._places() if is_open else {}
-        for name, layer in self.layers.items():
-            layer.runtime.collecting = name in places
-            if name not in places:
-                layer.runtime.collected = None
-
-    def _note_fresh(self) -> None:
-        """Note the weights that have no first moment yet."""
-        self._fresh = {
-            name
-            for name, (optimizer, _) in self._places().items()
-            if moments.first_moment(optimizer, self.layers[name].weight) is None
-        }
-
-    @torch.no_grad()
-    def _clear_missing(self) -> None:
-        """Forget the first moment of missing weights, so that they stay at zero without being masked at each step.
-
-        A moment from before `attach` is forgotten after the first step, not at `attach`: a resumed run loads its
-        state in between.
-        """
-        for name, (optimizer, _) in self._places().items():
-            layer = self.layers[name]
-            moment = moments.first_moment(optimizer, layer.weight)
-            if moment is not None:
-                moment.masked_fill_(~layer.weight_mask, 0)
-                layer.zero_missing_()
+        self.window.set_open(coming and self._next_update - self.step <= self.window.length)
 
     def _on_step(self, index: int) -> None:
-        """Do what follows an optimizer's step: fold, mask, count, and update when it is time."""
+        """Do what follows an optimizer's step: fold, count, and update when it is time."""
         optimizer = self._optimizers[index]
         if moments.skipped(optimizer):
             return
-        mine = {n: group for n, (one, group) in self._places().items() if one is optimizer} if self._open else {}
-        if self._stale:
-            self._clear_missing()
-            self._stale = False
-        self._fold(mine, optimizer)
-        for name in mine:
-            self.layers[name].zero_missing_()
-        if self._fresh:
-            self._note_fresh()
+        self.window.after_step(optimizer)
         self._counts[index] += 1
         if min(self._counts) == self.step:
             return
         self.step = min(self._counts)
-        self._folds += self._open
+        self.window.folds += self.window.open
         if self.step % self._steps_per_update == 0 and self.step < self._total_steps:
             self.update()
         else:
             self._set_window()
-
-    @torch.no_grad()
-    def _fold(self, mine: dict[str, dict], optimizer: Optimizer) -> None:
-        """Complete the first moments at missing weights with the gradients collected for them (contract 6).
-
-        Args:
-            mine: Parameter group by name of the optimizer's sparse weights.
-        """
-        ready = {}
-        for name, group in mine.items():
-            layer = self.layers[name]
-            grad, collected = layer.weight.grad, layer.runtime.collected
-            moment = moments.first_moment(optimizer, layer.weight)
-            if grad is not None and collected is not None and moment is not None:
-                ready[name] = (group, layer, collected, moment, moments.products(collected, grad))
-        whole = moments.scale_seen([sum(column) for column in zip(*(r[-1] for r in ready.values()), strict=True)], 1.0)
-        for name, (group, layer, collected, moment, products) in ready.items():
-            missing = collected.masked_fill(layer.weight_mask, 0).mul_(moments.scale_seen(products, whole))
-            moments.fold_(moment, group, missing.to(moment.dtype), first=name in self._fresh)
 
     def update(self) -> None:
         """Prune, redistribute and regrow once, now.
 
         Raises:
             SchedulerError: not attached, or the window of the dense gradient is not complete.
+            DistributedError: a rank is gone, or masks and weights are not the same on all.
         """
         if not self.attached:
             raise SchedulerError("update: expected an attached scheduler, got none; call attach(optimizer, ...) first")
-        needed = min(1, self._window) if self._always else self._window
-        if self._folds < needed:
+        window = self.window
+        needed = min(1, window.length) if self._always else window.length
+        if window.folds < needed:
             raise SchedulerError(
                 f"update: expected a complete window of {needed} steps with the dense gradient, got "
-                f'{self._folds}; let the steps drive the updates, or use dense_grad_window="always"'
+                f'{window.folds}; let the steps drive the updates, or use dense_grad_window="always"'
             )
         start = time.perf_counter()
         spent = self.specializer.seconds
         rate = self.prune_rate
+        window.reduce()
         states = self._layer_states()
         reason = unusable(states)
         changed: dict[str, tuple[int, int]] = {}
@@ -285,9 +235,14 @@ class Scheduler:
         elif states:
             changed = self._apply(states, rate)
         if not self._always:
-            self._folds = 0
-            self._clear_missing()
+            window.folds = 0
+            window.clear_missing()
         self._set_window()
+        window.ranks.agree(
+            {name: [layer.weight_mask, layer.weight] for name, layer in self.layers.items()},
+            f"update at step {self.step}",
+            "start from a checkpoint, and let nothing but the optimizer write weights",
+        )
         self.specializer.respecialize([self.layers[n] for n, counts in changed.items() if any(counts)])
         self.history.append(
             {
@@ -303,7 +258,7 @@ class Scheduler:
     def _layer_states(self) -> list[LayerState]:
         """The layers that take part in an update: those whose weight has been stepped."""
         states = []
-        for name, (optimizer, group) in sorted(self._places().items(), key=lambda p: list(self.layers).index(p[0])):
+        for name, (optimizer, group) in self.window.places().items():
             layer = self.layers[name]
             moment = moments.first_moment(optimizer, layer.weight)
             if moment is None and self._needs_moment:
@@ -332,7 +287,7 @@ class Scheduler:
             self._rules["grow"],
             generator,
         )
-        places = self._places()
+        places = self.window.places()
         for state, change in zip(states, changes, strict=True):
             layer, optimizer = self.layers[state.name], places[state.name][0]
             grown = change.mask & ~change.kept
@@ -355,8 +310,47 @@ class Scheduler:
             "backends": self.specializer.backends(self.layers[name]),
         }
 
+    def synchronize(self) -> None:
+        """Give every rank the mean of what the ranks have collected so far; all of them call it.
+
+        A checkpoint that one rank saves inside a window needs it; elsewhere it does nothing.
+        """
+        self.window.reduce()
+
+    def settle(self) -> None:
+        """Put a copy's masks and missing weights right after averaging (`torch.optim.swa_utils.AveragedModel`).
+
+        An average has weights where the source had any before, and with `use_buffers=True` the union of its masks. It
+        then holds the source's current masks. Called by whatever reads the masks of a copy.
+        """
+        source = self._source and self._source()
+        if source is None or self.attached:
+            return
+        if self._count() > source._count():
+            for name, layer in self.layers.items():
+                layer.set_mask_(source.layers[name].weight_mask.to(layer.weight_mask.device))
+        for layer in self.layers.values():
+            layer.zero_missing_()
+
+    def _count(self) -> int:
+        return sum(int(layer.weight_mask.sum()) for layer in self.layers.values())
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs beside the model's and the optimizer's state; plain values only."""
+        """Everything that resuming needs beside the model's and the optimizer's state; plain values only.
+
+        What grows is in tuples: torch.distributed.checkpoint takes lists and dicts apart by the keys of the state that
+        it loads into.
+        """
+        if self.window.partial:
+            warnings.warn(
+                f"scheduler: expected a state of all ranks, got rank {self.window.ranks.rank}'s share of the gradient "
+                "of missing weights; let all ranks call model.scheduler.synchronize() before one saves",
+                UpdateWarning,
+                stacklevel=2,
+            )
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         return {
             "shapes": {name: list(layer.weight_mask.shape) for name, layer in self.layers.items()},
             "density": self.density,
@@ -365,10 +359,10 @@ class Scheduler:
             "seed": self.seed,
             "step": self.step,
             "counts": list(self._counts),
-            "folds": self._folds,
+            "folds": self.window.folds,
             "steps_per_update": self._steps_per_update,
             "total_steps": self._total_steps,
-            "history": copy.deepcopy(self.history),
+            "history": tuple(copy.deepcopy(self.history)),
             "specializer": self.specializer.state_dict(),
         }
 
@@ -379,7 +373,7 @@ class Scheduler:
             CheckpointError: the state is of other layers or of another density, granularity or prune rate; nothing is
                 changed.
         """
-        mine = self.state_dict()
+        mine = self._state()
         for key in ("density", "granularity", "prune_rate", "shapes"):
             if state[key] != mine[key]:
                 raise CheckpointError(
@@ -392,31 +386,40 @@ class Scheduler:
                 )
         self.seed = state["seed"]
         self.step = state["step"]
-        self._folds = state["folds"]
-        self._stale = False
-        self.history = copy.deepcopy(state["history"])
+        self.window.folds = state["folds"]
+        self.window.stale = self.window.partial = False
+        self.history = [copy.deepcopy(row) for row in state["history"]]
         self.specializer.load_state_dict(state["specializer"])
         if self._optimizers:
             self._counts = list(state["counts"]) or [self.step] * len(self._optimizers)
             if self._handles:
-                self._note_fresh()
+                self.window.note_fresh()
                 self._set_window()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry an unattached scheduler: the optimizer is not theirs."""
         state = self.__dict__.copy()
-        for name in ("_optimizers", "_handles", "_counts", "_fresh", "_open", "_folds", "_stale"):
+        for name in ("_optimizers", "_handles", "_counts", "window"):
             del state[name]
-        state.update(step=0, _steps_per_update=0, _total_steps=0, _window=0, history=list(self.history))
+        state.update(_source=None, step=0, _steps_per_update=0, _total_steps=0, history=list(self.history))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._detach_state()
 
+    def __deepcopy__(self, memo: dict) -> "Scheduler":
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        other._source = weakref.ref(self)
+        return other
+
     def rebind(self, layers: dict[str, SparseLayer]) -> None:
         """Drive these layers: the ones of a copied or unpickled model."""
-        self.layers = layers
+        self.layers = self.window.layers = layers
+        me = weakref.ref(self)
+        self.specializer.settle = partial(_settle, me)
         for layer in layers.values():
             self.specializer.adopt(layer)
 
@@ -425,3 +428,9 @@ def _after_step(scheduler: "weakref.ref[Scheduler]", index: int, *_: Any) -> Non
     found = scheduler()
     if found is not None:
         found._on_step(index)
+
+
+def _settle(scheduler: "weakref.ref[Scheduler]") -> None:
+    found = scheduler()
+    if found is not None:
+        found.settle()

@@ -1,5 +1,6 @@
 """From masks to executable plans: candidates, measurement, choice, and re-planning as masks change (contracts 7, 9)."""
 
+import ctypes
 import math
 import platform
 import statistics
@@ -54,6 +55,8 @@ BACKENDS: dict[str, Callable[[Tensor, ConvSpec | None], Backend]] = {
 }
 
 Key = tuple
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Plan:
@@ -112,6 +115,7 @@ class Specializer:
         seconds: Time spent building plans and measuring.
         missing: Why the CPU kernels cannot be built; empty if they can.
         identity: Of the model, for choices between its graphs that are kept on disk.
+        settle: Called before a plan is built anew, to put the masks of an averaged copy right.
     """
 
     def __init__(self, identity: str = "") -> None:
@@ -120,11 +124,20 @@ class Specializer:
         self.rebuilds: dict[str, int] = {}
         self.seconds = 0.0
         self.missing = ""
+        self.settle: Callable[[], None] = _nothing
         self._plans: dict[int, Plan] = {}
         self._calls: dict[int, dict[Key, ConvSpec | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "table": dict(self.table), "rebuilds": {}, "seconds": 0.0, "_plans": {}, "_calls": {}}
+        return {
+            **self.__dict__,
+            "table": dict(self.table),
+            "rebuilds": {},
+            "seconds": 0.0,
+            "_plans": {},
+            "_calls": {},
+            "settle": _nothing,
+        }
 
     def adopt(self, layer: SparseLayer) -> None:
         """Choose the layer's backends from now on."""
@@ -160,7 +173,7 @@ class Specializer:
 
     def state_dict(self) -> dict[str, Any]:
         """The choices and the machine they were measured on."""
-        return {"machine": machine(), "table": dict(self.table)}
+        return {"machine": machine(), "table": tuple(self.table.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replay saved choices; those of another machine are dropped and measured again, as all are on request."""
@@ -187,7 +200,7 @@ class Specializer:
     ) -> Backend:
         """The backend for one pass of one call."""
         plan = self._plan(runtime, mask, None, look=kind == "fprop" and mask.device.type == "cpu")
-        key = (kind, tuple(x.shape), str(x.dtype), "blocked" if spec is not None and spec.images else _format(x))
+        key = (kind, x.shape, x.dtype, "blocked" if spec is not None and spec.images else _format(x))
         name = plan.choices.get(key)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             # A captured graph outlives the mask: it may hold dense kernels and those whose lists change in place.
@@ -231,6 +244,7 @@ class Specializer:
     def _plan(self, runtime: Runtime, mask: Tensor, layer: SparseLayer | None, look: bool = True) -> Plan:
         plan = self._plans.get(runtime.handle)
         if plan is None or plan.stale(mask, look):
+            self.settle()
             start = time.perf_counter()
             layer = layer or owners(runtime)[0]
             fresh = Plan(mask, layer.transposed, getattr(layer, "groups", 1))
@@ -331,6 +345,17 @@ class _Chooser:
         return self.specializer.backend(self.runtime, kind, spec, x, grad, weight, mask)
 
 
+def _nothing() -> None:
+    pass
+
+
+def plan_of(layer: SparseLayer) -> Plan:
+    """The layer's plan as its last forward verified it, without another look at the mask's contents."""
+    chooser = layer.runtime.choose
+    assert isinstance(chooser, _Chooser)
+    return chooser.specializer._plan(layer.runtime, layer.weight_mask, layer, look=False)
+
+
 def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
     """Median seconds of each call, run in turn so that drift of the machine hits all alike; slow ones only once."""
 
@@ -362,14 +387,15 @@ def machine() -> str:
 def _sample(key: Key, weight: Tensor) -> tuple[Tensor, None]:
     """An input like those of a call seen before."""
     _, shape, dtype, layout = key
-    x = torch.randn(shape, device=weight.device).to(getattr(torch, dtype.removeprefix("torch.")))
+    x = torch.randn(shape, device=weight.device).to(dtype)
     return (x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x), None
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two bool tensors are equal, eight at a time where they are contiguous."""
-    if one.numel() % 8 == 0 and one.is_contiguous() and other.is_contiguous():
-        one, other = one.view(-1).view(torch.int64), other.view(-1).view(torch.int64)
+    """Whether two bool tensors are equal; at every forward, so at the speed of memory."""
+    plain = type(one) is type(other) is Tensor and one.shape == other.shape and one.is_cpu and other.is_cpu
+    if plain and one.is_contiguous() and other.is_contiguous():
+        return not _memcmp(one.data_ptr(), other.data_ptr(), one.numel())
     return torch.equal(one, other)
 
 

@@ -53,7 +53,7 @@ def test_masks_and_windows_compile_once_and_train_the_same():
     counter = CompileCounterWithBackend("inductor")
     losses = train(model, torch.compile(model, backend=counter, fullgraph=True), 14)
     assert len(model.scheduler.history) == 3
-    assert model.scheduler._window == 2
+    assert model.scheduler.window.length == 2
     assert counter.frame_count == 1
     expected = train(eager, eager, 14)
     assert losses == pytest.approx(expected, rel=1e-4)

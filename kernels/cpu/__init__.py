@@ -10,6 +10,7 @@ from .layout import as_channels_last, from_blocked, from_channels_last, to_block
 from .linear import LinearPlan
 from .norm import Normalized, NormGrads, batch_norm_backward, batch_norm_forward
 from .plan import Tiling
+from .pool import Pool, max_pool_backward, max_pool_forward
 
 __all__ = [
     "CompilerUnavailable",
@@ -17,11 +18,14 @@ __all__ = [
     "LinearPlan",
     "NormGrads",
     "Normalized",
+    "Pool",
     "Tiling",
     "as_channels_last",
     "batch_norm_backward",
     "batch_norm_forward",
     "from_blocked",
     "from_channels_last",
+    "max_pool_backward",
+    "max_pool_forward",
     "to_blocked",
 ]

@@ -6,7 +6,6 @@ every inlined module is as it was traced, and the user's own forward otherwise.
 
 import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch

@@ -26,10 +26,8 @@ _KEEP_ZERO = {
     "relu", "relu_", "tanh", "contiguous",
 }  # fmt: skip
 _MOVE_ZERO = {nn.Sigmoid, nn.Hardsigmoid, torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid"}
-_POOLS = {
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
-    torch.max_pool2d,
-}  # fmt: skip
+_POOLS = {nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d}
+_MAX_POOLS = {nn.MaxPool2d, F.max_pool2d, torch.max_pool2d}
 _DROPOUTS = {nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MULTIPLIES = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
@@ -184,8 +182,10 @@ class _Layout:
             return self._wrapped(blocked.saturate, images=True)
         if kind in _DROPOUTS:
             return self._wrapped(blocked.dropout, images=True)
-        if kind in _POOLS and not getattr(module, "return_indices", node.kwargs.get("return_indices", False)):
+        if kind in _POOLS:
             return self._wrapped(blocked.pool, images=False)
+        if kind in _MAX_POOLS:
+            return self._max_pool
         return None
 
     def _put(self, node: fx.Node, new: fx.Node, like: fx.Node) -> None:
@@ -200,6 +200,15 @@ class _Layout:
         layer = self.new.get_attr(str(node.target))
         args = layer, self.blocks[node.args[0]], self.counts[node.args[0]]
         self._put(node, self.new.call_function(blocked.batch_norm, args), node.args[0])
+
+    def _max_pool(self, node: fx.Node) -> None:
+        x, *rest = node.args
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "return_indices"}
+        if node.op == "call_module":
+            new = self.new.call_function(blocked.max_pool, (self.new.get_attr(str(node.target)), self.blocks[x]))
+        else:
+            new = self.new.call_function(blocked.max_pool2d, (self.blocks[x], *rest[:5]), kwargs)
+        self._put(node, new, x)
 
     def _same(self, node: fx.Node) -> None:
         self._put(node, self.new.node_copy(node, self.blocked), node.args[0])

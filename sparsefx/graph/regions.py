@@ -32,10 +32,7 @@ class Fast:
 
     def holds(self) -> bool:
         """Whether every absorbed module is as it was: same object and mode, no hooks."""
-        for container in self.absorbed:
-            if not container.holds():
-                return False
-        return True
+        return all(container.holds() for container in self.absorbed)
 
 
 class Chooser:

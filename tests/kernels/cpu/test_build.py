@@ -1,9 +1,11 @@
 """The cache of compiled kernels: private, verified, shared by processes, loud when it cannot work."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,53 @@ def test_unknown_isa_raises(monkeypatch):
     monkeypatch.setenv("SPARSEFX_ISA", "sse9")
     with pytest.raises(ValueError, match="SPARSEFX_ISA"):
         build.default_isa()
+
+
+def run_with_little_room(limit: int) -> subprocess.CompletedProcess:
+    """Ask for the library where no file may grow beyond `limit` bytes, as on a disk that fills up."""
+    code = (
+        f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        f"print(runpy.run_path({build.__file__!r})['library']('portable'))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("limit", [0, 2000])
+def test_a_full_disk_raises_leaves_nothing_and_costs_nothing_later(cache, limit, tmp_path):
+    compiler = Path(os.environ["CXX"])
+    compiler.write_text(compiler.read_text().replace('echo library > "$out"', 'head -c 50000 /dev/zero > "$out"'))
+    done = run_with_little_room(limit)
+    folder = tmp_path / "cache"
+    assert done.returncode != 0
+    assert "CompilerUnavailable" in done.stderr
+    assert not list(folder.glob("*.so"))
+    assert not [path for path in folder.iterdir() if path.is_dir()]
+    assert build.library("portable").stat().st_size == 50_000
+
+
+def test_a_library_without_its_record_is_never_used(cache, tmp_path):
+    """A builder that was killed between the two."""
+    path = build.library("portable")
+    runs = cache()
+    path.write_bytes(b"half of a library")
+    path.with_suffix(".sha256").unlink()
+    assert build.library("portable").read_bytes() == b"library\n"
+    assert cache() == 2 * runs
+
+
+def test_a_killed_builder_holds_nobody_up(cache, tmp_path):
+    compiler = Path(os.environ["CXX"])
+    quick = compiler.read_text()
+    compiler.write_text(quick.replace('echo library > "$out"', 'sleep 30; echo library > "$out"'))
+    code = f"import runpy; runpy.run_path({build.__file__!r})['library']('portable')"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not cache():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    compiler.write_text(quick)
+    start = time.monotonic()
+    assert build.library("portable").read_bytes() == b"library\n"
+    assert time.monotonic() - start < 20

@@ -1,0 +1,97 @@
+// Max pooling on blocked activations. Which tap of its window each output came from is kept in a byte.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "abi.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace sfx {
+namespace {
+
+typedef uint8_t Tap;
+typedef Tap taps_of __attribute__((vector_size(LANES)));
+
+struct Window {  // of one output: input positions that exist, as tap indices
+  int64_t y0, x0, ky0, ky1, kx0, kx1;
+};
+
+SFX_INLINE Window window(const SfxPool& p, int64_t oy, int64_t ox) {
+  const int64_t y = oy * p.stride[0] - p.pad[0], x = ox * p.stride[1] - p.pad[1];
+  return {y, x, std::max<int64_t>(0, -y), std::min(p.kernel[0], p.in[0] - y), std::max<int64_t>(0, -x),
+          std::min(p.kernel[1], p.in[1] - x)};
+}
+
+template <class Visit>
+SFX_INLINE void each_tap(const SfxPool& p, const Window& w, Visit visit) {
+  for (int64_t ky = w.ky0; ky < w.ky1; ++ky)
+    for (int64_t kx = w.kx0; kx < w.kx1; ++kx)
+      visit(((w.y0 + ky) * p.in[1] + w.x0 + kx) * BLOCK, int32_t(ky * p.kernel[1] + kx));
+}
+
+template <class T>
+void forward(const SfxPool& p, const T* x, T* y, Tap* taps) {
+  for (int64_t oy = 0; oy < p.out[0]; ++oy)
+    for (int64_t ox = 0; ox < p.out[1]; ++ox) {
+      const Window w = window(p, oy, ox);
+      const int64_t at = (oy * p.out[1] + ox) * BLOCK;
+      for (int v = 0; v < VECS; ++v) {
+        vf most = splat(-std::numeric_limits<float>::infinity());
+        vi from = vi{} + int32_t(w.ky0 * p.kernel[1] + w.kx0);
+        each_tap(p, w, [&](int64_t k, int32_t tap) __attribute__((always_inline)) {
+          const vf value = load_as_float(x + k + v * LANES);
+          const vi take = (value > most) | (value != value);  // NaN wins, as in torch
+          most = take ? value : most;
+          from = take ? vi{} + tap : from;
+        });
+        store_from_float(y + at + v * LANES, most);
+        const taps_of bytes = __builtin_convertvector(from, taps_of);
+        std::memcpy(taps + at + v * LANES, &bytes, LANES);
+      }
+    }
+}
+
+template <class T>
+void backward(const SfxPool& p, const T* g, T* dx, const Tap* taps) {
+  const bool once = p.pad[0] == 0 && p.pad[1] == 0 && p.kernel[0] == p.stride[0] && p.kernel[1] == p.stride[1];
+  if (!once || p.out[0] * p.kernel[0] != p.in[0] || p.out[1] * p.kernel[1] != p.in[1])
+    std::memset(static_cast<void*>(dx), 0, p.in[0] * p.in[1] * BLOCK * sizeof(T));
+  for (int64_t oy = 0; oy < p.out[0]; ++oy)
+    for (int64_t ox = 0; ox < p.out[1]; ++ox) {
+      const Window w = window(p, oy, ox);
+      const int64_t at = (oy * p.out[1] + ox) * BLOCK;
+      for (int v = 0; v < VECS; ++v) {
+        taps_of bytes;
+        std::memcpy(&bytes, taps + at + v * LANES, LANES);
+        const vi from = __builtin_convertvector(bytes, vi);
+        const vf value = load_as_float(g + at + v * LANES);
+        each_tap(p, w, [&](int64_t k, int32_t tap) __attribute__((always_inline)) {
+          T* to = dx + k + v * LANES;
+          const vf part = from == tap ? value : vf{};
+          store_from_float(to, once ? part : load_as_float(to) + part);
+        });
+      }
+    }
+}
+
+template <class T>
+void run(int direction, const SfxPool& p, const void* from, void* to, Tap* taps, int64_t planes, int threads) {
+  const int64_t in = p.in[0] * p.in[1] * BLOCK, out = p.out[0] * p.out[1] * BLOCK;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t k = 0; k < planes; ++k) {
+    if (direction)
+      backward(p, static_cast<const T*>(from) + k * out, static_cast<T*>(to) + k * in, taps + k * out);
+    else
+      forward(p, static_cast<const T*>(from) + k * in, static_cast<T*>(to) + k * out, taps + k * out);
+  }
+}
+
+}  // namespace
+}  // namespace sfx
+
+extern "C" void sfx_max_pool(int direction, int dtype, const SfxPool* pool, const void* from, void* to, uint8_t* taps,
+                             int64_t planes, int threads) {
+  using namespace sfx;
+  (dtype ? run<bf16> : run<float>)(direction, *pool, from, to, taps, planes, team(threads));
+}

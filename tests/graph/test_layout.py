@@ -1,0 +1,228 @@
+"""The layout pass: one region from the first sparse convolution to the head, the same results, borders kept to few."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparsefx
+from sparsefx import blocked
+from sparsefx.layers import sparse_layers
+from tests.graph.region_nets import NETS, Net, Residual, conversions, in_regions, pair, relative
+
+__all__ = ["in_regions"]
+pytestmark = pytest.mark.usefixtures("in_regions")
+
+
+def image(n: int = 5, size: int = 12) -> torch.Tensor:
+    return torch.randn(n, 3, size, size)
+
+
+@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize("images", [5, 33])
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_the_masked_dense_model(kind, images, training):
+    x = image(images)
+    model, twin = pair(NETS[kind](), x)
+    model.train(training), twin.train(training)
+    for module in [*model.modules(), *twin.modules()]:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for _ in range(2):
+        one, other = x.clone().requires_grad_(), x.double().requires_grad_()
+        out, wanted = model(one), twin(other)
+        out.square().sum().backward()
+        wanted.square().sum().backward()
+        assert relative(out, wanted) < 1e-5
+        assert relative(one.grad, other.grad) < 1e-5
+    masks = sparsefx.masks(model)
+    for name, parameter in twin.named_parameters():
+        grad = parameter.grad * masks[name] if name in masks else parameter.grad
+        assert relative(model.get_parameter(name).grad, grad) < 2e-5, name
+    for name, buffer in twin.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name).double(), buffer.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "wrn", "densenet", "mobilenet"])
+def test_one_region_from_the_first_convolution_to_the_head(kind):
+    model, _ = pair(NETS[kind](), image())
+    model(image())
+    assert conversions(model) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2", "squeezenet1_1"])
+def test_torchvision_networks_stay_in_one_region(name):
+    models = pytest.importorskip("torchvision.models")
+    x = torch.randn(2, 3, 32, 32)
+    model = sparsefx.sparsify(getattr(models, name)().eval(), 0.1, example_inputs=x)
+    with torch.no_grad():
+        model(x)
+    convs = sum(isinstance(layer, nn.Conv2d) for _, layer in sparse_layers(model))
+    assert conversions(model) == (1, 1)
+    assert [node.target for node in model.graph.nodes].count(blocked.conv) == convs
+
+
+def test_dropout_drops_the_same_elements():
+    x = image(19)
+    model, twin = pair(NETS["wrn"](), x)
+    torch.manual_seed(5)
+    got = model(x)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        wanted = twin.float()(x)
+    assert conversions(model)[1] == 1
+    assert relative(got, wanted) < 1e-5
+
+
+def test_an_operator_that_regions_do_not_know_stands_between_two_of_them():
+    class Shuffles(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            return self.two(F.pixel_shuffle(F.pixel_unshuffle(self.one(x), 2), 2)).sum((2, 3))
+
+    x = image(4, 14)
+    model, twin = pair(Shuffles(), x)
+    assert relative(model(x), twin(x.double())) < 1e-5
+    assert conversions(model) == (2, 2)
+
+
+def test_a_value_overwritten_and_read_again_keeps_the_graph_plain():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = F.relu(y, inplace=True)
+            return z + y
+
+    model, twin = pair(Overwrites(), image())
+    assert relative(model(image()), twin(image().double())) > 0.1  # other images
+    x = image()
+    assert relative(model(x), twin(x.double())) < 1e-5
+    assert conversions(model) == (0, 0)
+
+
+def test_a_hook_on_a_layer_sees_activations_as_the_model_knows_them():
+    x = image()
+    model, twin = pair(NETS["resnet"](), x)
+    model(x), twin(x.double())
+    assert conversions(model) == (1, 1)
+    seen = []
+    handle = model.body[0].conv2.register_forward_hook(lambda layer, args, out: seen.append(out.shape))
+    assert relative(model(x), twin(x.double())) < 1e-5
+    assert seen == [(5, 8, 12, 12)]
+    handle.remove()
+    model(x)
+    assert len(seen) == 1
+    assert conversions(model) == (1, 1)
+
+
+def test_frozen_norm_uses_its_running_statistics():
+    x = image()
+    model, twin = pair(NETS["resnet"](), x)
+    for net in (model, twin):
+        net.body[1].norm1.eval()
+    assert relative(model(x), twin(x.double())) < 1e-5
+    assert relative(model(x), twin(x.double())) < 1e-5
+
+
+def test_graphs_of_two_forwards_live_side_by_side():
+    x, y = image(), image()
+    model, twin = pair(NETS["vgg"](), x)
+    model.zero_grad(), twin.zero_grad()
+    a, b = model(x), model(y)
+    with torch.no_grad():
+        model(image())
+    a.square().sum().backward(retain_graph=True)
+    b.square().sum().backward()
+    a.square().sum().backward()
+    (2 * twin(x.double()).square().sum() + twin(y.double()).square().sum()).backward()
+    assert relative(model.stem.weight.grad, twin.stem.weight.grad * model.stem.weight_mask) < 1e-5
+
+
+def test_a_layer_called_twice_sums_its_gradients():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(torch.relu(self.conv(self.stem(x)))).sum((1, 2, 3))
+
+    x = image()
+    model, twin = pair(Twice(), x)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    twin(x.double()).square().sum().backward()
+    assert conversions(model) == (1, 1)
+    assert relative(model.conv.weight.grad, twin.conv.weight.grad * model.conv.weight_mask) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vgg", "wrn"])
+@pytest.mark.parametrize("training", [True, False])
+def test_double_backward(kind, training):
+    x = image(3)
+    model, twin = pair(NETS[kind](), x)
+    results = []
+    for net, given in ((model, x), (twin, x.double())):
+        for module in net.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        y = given.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(net.train(training)(y).square().sum(), y, create_graph=True)
+        grad.square().sum().backward()
+        results.append((y.grad, net.get_parameter("stem.weight").grad))
+    assert relative(results[0][0], results[1][0]) < 1e-4
+    assert relative(results[0][1], results[1][1] * model.stem.weight_mask) < 1e-4
+
+
+def test_autocast_rounds_no_more_than_the_dense_model():
+    x = image(20)
+    model, twin = pair(NETS["resnet"](), x)
+    dense = copy.deepcopy(twin).float()
+    results = []
+    for net in (model, dense):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = net(x)
+        out.float().square().sum().backward()
+        results.append((out, net.stem.weight.grad * model.stem.weight_mask))
+    wanted = twin(x.double())
+    wanted.square().sum().backward()
+    exact = wanted, twin.stem.weight.grad * model.stem.weight_mask
+    assert conversions(model) == (1, 1)
+    for ours, theirs, true in zip(*results, exact, strict=True):
+        assert relative(ours, true) < 1.5 * relative(theirs, true)
+
+
+def test_the_gradient_of_missing_weights_is_collected():
+    x = image(6)
+    model, twin = pair(Net(Residual(8, 8, 1)), x)
+    layer, dense = model.body.conv1, twin.body.conv1
+    layer.runtime.collecting = True
+    model.zero_grad()
+    model(x).square().sum().backward()
+    twin(x.double()).square().sum().backward()
+    assert conversions(model)[0] == 1
+    assert relative(layer.runtime.collected, dense.weight.grad) < 1e-5
+    assert relative(layer.weight.grad, dense.weight.grad * layer.weight_mask) < 1e-5
+
+
+def test_choices_by_shape_and_gradients():
+    model, _ = pair(NETS["vgg"](), image())
+    asked = []
+    model._sparsefx.choose = lambda key, calls: asked.append(key) or 1
+    chooser = model._sparsefx.current(model).chooser
+    chooser.choose = model._sparsefx.choose
+    model(image(7))
+    model(image(7))
+    with torch.no_grad():
+        model(image(7))
+    assert len(asked) == 2
+    assert asked[0] != asked[1]
