@@ -9,6 +9,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 
 from sparsefx.errors import SchedulerError
 from sparsefx.kernels import masking
+from sparsefx.shards import part, part_like, whole
 
 ADAMS = (Adam, AdamW, NAdam, RAdam)
 FORGOTTEN = 0.01
@@ -82,11 +83,11 @@ def fold_missing_(
 
 
 def normalized(optimizer: Optimizer, group: dict, weight: Tensor) -> Tensor:
-    """The first moment in the scale of the optimizer's step, for comparing layers (contract 6)."""
+    """The first moment in the scale of the optimizer's step, for comparing layers (contract 6); whole."""
     state = optimizer.state[weight]
     if isinstance(optimizer, ADAMS):
-        return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"])
-    return state["momentum_buffer"]
+        return whole(state["exp_avg"]) / (whole(state["exp_avg_sq"]).sqrt() + group["eps"])
+    return whole(state["momentum_buffer"])
 
 
 @torch.no_grad()
@@ -100,7 +101,8 @@ def start_grown_(optimizer: Optimizer, weight: Tensor, kept: Tensor, grown: Tens
     state = optimizer.state.get(weight, {})
     for name in ("exp_avg_sq", "max_exp_avg_sq"):
         if name in state and kept.any():
-            state[name][grown] = state[name][kept].mean()
+            mean = whole(state[name])[kept].mean()
+            part(state[name])[part_like(grown, weight)] = mean
 
 
 def skipped(optimizer: Optimizer) -> bool:

@@ -19,6 +19,7 @@ from sparsefx.errors import CheckpointError, SchedulerError, UpdateWarning
 from sparsefx.layers import SparseLayer
 from sparsefx.masks import Units, target_count
 from sparsefx.ranks import Ranks
+from sparsefx.shards import is_sharded, part, part_like, whole
 from sparsefx.specialize import Specializer
 from sparsefx.update import LayerState, unusable, update_masks
 from sparsefx.window import Window
@@ -239,7 +240,10 @@ class Scheduler:
             window.clear_missing()
         self._set_window()
         window.ranks.agree(
-            {name: [layer.weight_mask, layer.weight] for name, layer in self.layers.items()},
+            {
+                name: [layer.weight_mask, layer.weight_mask if is_sharded(layer.weight) else layer.weight]
+                for name, layer in self.layers.items()
+            },
             f"update at step {self.step}",
             "start from a checkpoint, and let nothing but the optimizer write weights",
         )
@@ -263,11 +267,12 @@ class Scheduler:
             moment = moments.first_moment(optimizer, layer.weight)
             if moment is None and self._needs_moment:
                 continue
-            weight, mask = layer.weight.detach(), layer.weight_mask
+            weight, mask = whole(layer.weight.detach()), layer.weight_mask
             contribution = 0.0
             if moment is None:
                 moment = torch.zeros_like(weight)
             else:
+                moment = whole(moment)
                 scaled = moments.normalized(optimizer, group, layer.weight)
                 contribution = float(scaled[mask].abs().double().mean())
             states.append(LayerState(name, self.units[name], weight, mask, moment, contribution))
@@ -275,8 +280,8 @@ class Scheduler:
 
     def _apply(self, states: list[LayerState], rate: float) -> dict[str, tuple[int, int]]:
         """Compute the new masks and put them in place; numbers of weights removed and grown by layer."""
-        part = {s.name for s in states}
-        fixed = sum(self.specializer.plan(layer).nnz for n, layer in self.layers.items() if n not in part)
+        names = {s.name for s in states}
+        fixed = sum(self.specializer.plan(layer).nnz for n, layer in self.layers.items() if n not in names)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         changes = update_masks(
             states,
@@ -292,7 +297,7 @@ class Scheduler:
             layer, optimizer = self.layers[state.name], places[state.name][0]
             grown = change.mask & ~change.kept
             with torch.no_grad():
-                layer.weight.masked_fill_(grown, 0)
+                part(layer.weight).masked_fill_(part_like(grown, layer.weight), 0)
             moments.start_grown_(optimizer, layer.weight, change.kept, grown)
             if not torch.equal(layer.weight_mask, change.mask):
                 layer.set_mask_(change.mask)

@@ -1,14 +1,17 @@
 """The window: the steps before an update in which the gradient of missing weights is collected (contract 6)."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsefx import moments
 from sparsefx.kernels.masking import masked_
 from sparsefx.layers import SparseLayer
 from sparsefx.ranks import Ranks
+from sparsefx.shards import is_sharded, mean_part_like, part, part_like
 
 
 class Window:
@@ -58,6 +61,8 @@ class Window:
         places = self.places() if is_open else {}
         for name, layer in self.layers.items():
             layer.runtime.collecting = name in places
+            if is_sharded(layer.weight):
+                layer.runtime.__dict__["stepped"] = weakref.ref(layer.weight)
             if name not in places:
                 layer.runtime.collected = None
 
@@ -80,7 +85,7 @@ class Window:
             layer = self.layers[name]
             moment = moments.first_moment(optimizer, layer.weight)
             if moment is not None:
-                masked_(moment, layer.weight_mask)
+                masked_(part(moment), part_like(layer.weight_mask, layer.weight))
                 layer.zero_missing_()
         self.partial = False
 
@@ -112,21 +117,31 @@ class Window:
         """
         ready, products = {}, {}
         for name, group in mine.items():
-            layer = self.layers[name]
-            grad, collected = layer.weight.grad, layer.runtime.collected
-            moment = moments.first_moment(optimizer, layer.weight)
+            weight = self.layers[name].weight
+            grad, collected = weight.grad, self._collected(self.layers[name])
+            moment = moments.first_moment(optimizer, weight)
             if grad is not None and collected is not None and moment is not None:
-                ready[name] = (group, layer, collected, moment)
-                products[name] = moments.products(collected, grad)
+                ready[name] = (group, collected, part(moment))
+                products[name] = moments.products(collected, part(grad))
         products = self.ranks.mean_products(products, list(mine))
         whole = moments.scale_seen([sum(column) for column in zip(*products.values(), strict=True)], 1.0)
-        for name, (group, layer, collected, moment) in ready.items():
-            seen = moments.scale_seen(products[name], whole)
-            moments.fold_missing_(
-                moment, group, collected, layer.weight, layer.weight_mask, seen=seen, first=name in self._fresh
-            )
-        self.partial = self.partial or (bool(mine) and self.ranks.several)
+        for name, (group, collected, moment) in ready.items():
+            weight = self.layers[name].weight
+            mask, seen = part_like(self.layers[name].weight_mask, weight), moments.scale_seen(products[name], whole)
+            moments.fold_missing_(moment, group, collected, part(weight), mask, seen=seen, first=name in self._fresh)
+        replicated = any(not is_sharded(self.layers[name].weight) for name in mine)
+        self.partial = self.partial or (replicated and self.ranks.several)
         return set(ready)
+
+    def _collected(self, layer: SparseLayer) -> Tensor | None:
+        """What has been collected for a layer; of a sharded one, this rank's part of the mean over the ranks."""
+        collected = layer.runtime.collected
+        if not is_sharded(layer.weight):
+            return collected
+        if collected is None:
+            dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+            collected = torch.zeros(layer.weight.shape, dtype=dtype, device=layer.weight_mask.device)
+        return mean_part_like(collected, layer.weight)
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -136,7 +151,7 @@ class Window:
         for name, (optimizer, _) in self.places().items():
             layer = self.layers[name]
             moment = moments.first_moment(optimizer, layer.weight)
-            if moment is not None:
+            if moment is not None and not is_sharded(moment):
                 mean = self.ranks.mean(moment.masked_fill(layer.weight_mask, 0))
                 torch.where(layer.weight_mask, moment, mean, out=moment)
         self.partial = False

@@ -28,6 +28,7 @@ FLOORS = {
     "sparsefx.blocked": 2,
     "sparsefx.layers": 2,
     "sparsefx.masks": 1,
+    "sparsefx.shards": 1,
     "sparsefx.algorithms": 1,
     "sparsefx.config": 0,
     "sparsefx.errors": 0,
