@@ -135,7 +135,8 @@ def _format(r: PassResult) -> str:
     return (
         f"{r.layer:28s} {r.shape:30s} {r.kind} d={r.density:.3f} columns {r.live_columns:.2f}  "
         f"dense {r.dense_ms:8.2f} ms ±{r.dense_spread:3.0%} ({r.dense_kind})  "
-        f"sparse {r.sparse_ms:8.2f} ms ±{r.sparse_spread:3.0%}  ratio {r.ratio:5.2f}  useful {r.useful_gflops:5.0f}  equivalent {r.dense_equivalent_gflops:6.0f} GFLOP/s  "
+        f"sparse {r.sparse_ms:8.2f} ms ±{r.sparse_spread:3.0%}  ratio {r.ratio:5.2f}  "
+        f"useful {r.useful_gflops:5.0f}  equivalent {r.dense_equivalent_gflops:6.0f} GFLOP/s  "
         f"dense {r.dense_gflops:4.0f}  peak {r.share_of_peak:4.0%}  lists {r.list_ms:6.2f} ms  error {r.error:.1e}"
     )
 
