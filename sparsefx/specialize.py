@@ -114,12 +114,14 @@ class Specializer:
         rebuilds: How often each layer's plan was built.
         seconds: Time spent building plans and measuring.
         missing: Why the CPU kernels cannot be built; empty if they can.
+        generation: How often a table was loaded.
         identity: Of the model, for choices between its graphs that are kept on disk.
         settle: Called before a plan is built anew, to put the masks of an averaged copy right.
     """
 
     def __init__(self, identity: str = "") -> None:
         self.identity = identity
+        self.generation = 0
         self.table: dict[str, str] = {}
         self.rebuilds: dict[str, int] = {}
         self.seconds = 0.0
@@ -186,6 +188,7 @@ class Specializer:
                 stacklevel=3,
             )
         self.table = dict(state["table"]) if same else {}
+        self.generation += 1
         self._plans.clear()
 
     def backend(
@@ -331,6 +334,20 @@ class Specializer:
         times = interleaved([run(self._backend(plan, name, spec)) for name in names], x.device)
         times[0] *= _MARGIN
         return names[times.index(min(times))]
+
+
+class GraphChoice:
+    """`Specializer.choose_graph` as a model keeps it, with the generation of the table."""
+
+    def __init__(self, specializer: Specializer) -> None:
+        self.specializer = specializer
+
+    @property
+    def generation(self) -> int:
+        return self.specializer.generation
+
+    def __call__(self, key: tuple, calls: list[Callable[[], Any]]) -> int:
+        return self.specializer.choose_graph(key, calls)
 
 
 class _Chooser:

@@ -16,7 +16,8 @@ from sparsefx.graph.layout import DTYPES, assign, record
 from sparsefx.graph.snapshot import RandomState, State
 
 Choose = Callable[[tuple, list[Callable[[], Any]]], int]
-"""`(key, calls) -> index` of the call to prefer, by measurement or from a table."""
+"""`(key, calls) -> index` of the call to prefer, by measurement or from a table; asked again when its attribute
+`generation` changes, as after a table was loaded."""
 _TOLERANCE = 1e-2
 """Relative norm of the difference between both graphs' outputs: kernels round differently, and a wrong graph is far."""
 
@@ -52,6 +53,7 @@ class Chooser:
         self.problem = ""
         self._built: dict[tuple, Fast] = {}
         self._choices: dict[tuple, Fast | None] = {}
+        self._generation = 0
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """Run what was chosen for such a call, choosing first if need be."""
@@ -59,6 +61,9 @@ class Chooser:
             fast = self.compiled
         else:
             key = call_key(inputs)
+            if self._generation != getattr(self.choose, "generation", 0):
+                self._generation = getattr(self.choose, "generation", 0)
+                self._choices.clear()
             if key not in self._choices:
                 if observed(self.model):
                     return self.plain(self.model, *inputs)
@@ -94,8 +99,8 @@ class Chooser:
         if not alike(expected, got):
             self.problem = "has regions whose results differ from those of its graph"
             warnings.warn(
-                f"{type(self.model).__name__}: expected regions of blocked activations to give the graph's results, got "
-                "others; it runs without them. Please report the model",
+                f"{type(self.model).__name__}: expected regions of blocked activations to give the graph's results, "
+                "got others; it runs without them. Please report the model",
                 TraceWarning,
                 stacklevel=2,
             )

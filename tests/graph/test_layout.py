@@ -244,3 +244,25 @@ def test_regions_with_other_results_are_not_run(monkeypatch):
     assert conversions(model) == (0, 0)
     x = image()
     assert relative(model(x), twin(x.double())) < 1e-5
+
+
+def test_the_first_call_runs_what_later_calls_run():
+    x = image()
+    model = sparsefx.sparsify(NETS["vgg"](), 0.4)
+    first, second = model(x), model(x)
+    assert conversions(model)[0] == 1
+    assert torch.equal(first, second)
+
+
+def test_a_loaded_table_decides_again():
+    x = image()
+    model, _ = pair(NETS["vgg"](), x)
+    with torch.no_grad():
+        inside = model(x)
+    model._sparsefx.current(model).chooser.choose.specializer.choose_graph = lambda key, calls: 0
+    state = model.scheduler.specializer.state_dict()
+    with torch.no_grad():
+        assert torch.equal(model(x), inside)
+        model.scheduler.specializer.load_state_dict(state)
+        model(x)
+    assert conversions(model) == (0, 0)
