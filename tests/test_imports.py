@@ -18,6 +18,7 @@ FLOORS = {
     "sparsefx.summary": 6,
     "sparsefx.scheduler": 5,
     "sparsefx.distributed": 5,
+    "sparsefx.exchange": 5,
     "sparsefx.moments": 5,
     "sparsefx.ranks": 5,
     "sparsefx.update": 5,

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -16,6 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Adam, Optimizer
@@ -136,14 +137,14 @@ def part_of_run(rank: int, folder: Path, first: int, last: int) -> dict[str, tor
     if first:
         of_model, of_optimizer = get_state_dict(model, optimizer)
         state = {"model": of_model, "optimizer": of_optimizer, "scheduler": model.scheduler.state_dict()}
-        dcp.load(state, checkpoint_id=folder / str(first))
+        load(state, checkpoint_id=folder / str(first))
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         model.scheduler.load_state_dict(state["scheduler"])
     for batch in parts(batches(14), rank, dist.get_world_size())[first:last]:
         steps(model, optimizer, [batch], 1, None)
     of_model, of_optimizer = get_state_dict(model, optimizer)
     state = {"model": of_model, "optimizer": of_optimizer, "scheduler": model.scheduler.state_dict()}
-    dcp.save(state, checkpoint_id=folder / str(last))
+    save(state, checkpoint_id=folder / str(last))
     return whole_state(model)
 
 
@@ -159,3 +160,31 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> N
     assert len(model.scheduler.history) == 3
     for name, value in model.state_dict().items():
         torch.testing.assert_close(states[0][name], value, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def unsynchronized_rank(rank: int) -> tuple:
+    """Accumulation that sends gradients at its last micro-batch only."""
+    model = sharded("always")
+    optimizer = MOMENTUM(model.parameters())
+    model.scheduler.attach(optimizer, **SCHEDULE)
+    data = parts(batches(20), rank, 2)
+    for start in range(0, 20, 2):
+        for i, batch in enumerate(data[start : start + 2]):
+            model.set_requires_gradient_sync(i == 1)
+            (loss_of(model, batch) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole_state(model), dict(sparsefx.masks(model))
+
+
+def test_accumulation_without_synchronization_is_that_of_one_process() -> None:
+    results = ranks.run(unsynchronized_rank)
+    model = sparsefx.sparsify(blocks(), 0.2, scheduler=sparsefx.SparseMomentum(dense_grad_window="always"))
+    optimizer = MOMENTUM(model.parameters())
+    model.scheduler.attach(optimizer, **SCHEDULE)
+    steps(model, optimizer, batches(20), 2, None)
+    for state, masks in results:
+        for key, mask in sparsefx.masks(model).items():
+            assert torch.equal(mask, masks[key]), key
+        for key, value in state.items():
+            torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-9, atol=1e-10, msg=key)
