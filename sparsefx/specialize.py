@@ -232,7 +232,7 @@ class Specializer:
     def _known(self, entry: str, names: Iterable[str], prefix: str = "") -> str | None:
         """The choice among `names` for an entry: this model's, else the one on disk."""
         found = self.table.get(entry)
-        if found not in names:
+        if found is None or found not in names:
             found = choices.known(prefix + entry)
         if found is None or found not in names:
             return None
@@ -299,7 +299,7 @@ class Specializer:
     ) -> str:
         """Name of the fastest candidate, from the table or by measuring them."""
         geometry = (tuple(plan.mask.shape), spec.key if spec else None)
-        entry = repr((*geometry, key, *_buckets(plan), torch.get_num_threads()))
+        entry = repr((*geometry, key, plan.mask.device.type, *_buckets(plan), torch.get_num_threads()))
         known = self._known(entry, BACKENDS)
         if known is not None and (known != "sparse" or self._builds(plan, spec)):
             return known
