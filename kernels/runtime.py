@@ -7,13 +7,14 @@ import itertools
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 
 from sparsefx.kernels.blocked import CONVERTED_DENSE
+from sparsefx.kernels.masking import any_nonzero, masked, masked_
 from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.spec import ConvSpec, bias_grad
 
@@ -33,6 +34,13 @@ class Backend(Protocol):
 def dense_for(spec: ConvSpec | None) -> Any:
     """Masked dense for the layout that `spec` speaks of."""
     return CONVERTED_DENSE if spec is not None and spec.images else DENSE
+
+
+class _Staged(NamedTuple):
+    """Dense gradients of one backward pass, summed; `once` if the weight was used once."""
+
+    dense: Tensor
+    once: bool
 
 
 class Runtime:
@@ -58,7 +66,7 @@ class Runtime:
         self.collected: Tensor | None = None
         self.current_grad: Callable[[], Tensor | None] = lambda: None
         self._accumulated: tuple[int, int] | None = None
-        self._staged: dict[int, Tensor] = {}
+        self._staged: dict[int, _Staged] = {}
         self._total: Tensor | None = None
         self.masked: tuple[int, int] | None = None
         self.handle = next(Runtime._handles)
@@ -110,8 +118,10 @@ class Runtime:
                 for_input = dgrad.dgrad(spec, grad, x, weight) if dgrad else None
                 dense = masked_dense.dense_wgrad(spec, grad, x, weight)
             if self.collecting:
-                self._stage(dense, mask)
-            for_weight = dense.masked_fill_(~mask, 0)
+                self._stage(dense)
+                for_weight = masked(dense, mask)
+            else:
+                for_weight = masked_(dense, mask)
         else:
             for_input = dgrad.dgrad(spec, grad, x, weight) if dgrad else None
             for_weight = wgrad.wgrad(spec, grad, x, weight, mask) if wgrad else None
@@ -119,15 +129,15 @@ class Runtime:
             self.masked = for_weight.data_ptr(), for_weight._version
         return for_input, for_weight, for_bias
 
-    def _stage(self, dense: Tensor, mask: Tensor) -> None:
-        """Keep the gradient of missing weights until it is known whether this backward pass reaches `.grad`."""
-        missing = dense.to(torch.promote_types(dense.dtype, torch.float32)).masked_fill(mask, 0)
+    def _stage(self, dense: Tensor) -> None:
+        """Keep the dense gradient until it is known whether this backward pass reaches `.grad`."""
+        wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
         backward_pass = torch._C._current_graph_task_id()
         staged = self._staged.get(backward_pass)
         if staged is not None:
-            staged.add_(missing)
+            self._staged[backward_pass] = _Staged(staged.dense.add_(wide), once=False)
             return
-        self._staged[backward_pass] = missing
+        self._staged[backward_pass] = _Staged(wide, once=True)
         if backward_pass >= 0:
             # A pass that does not write `.grad`, as autograd.grad for other tensors, leaves nothing behind.
             Variable._execution_engine.queue_callback(partial(self._unstage, backward_pass))
@@ -146,17 +156,20 @@ class Runtime:
         """
         present = self.current_grad()
         continues = present is not None and (
-            (id(present), present._version) == self._accumulated or bool(present.any())
+            (id(present), present._version) == self._accumulated or any_nonzero(present)
         )
         if not continues:
             self.collected = None
-        masked = (grad.data_ptr(), grad._version) == self.masked
+        untouched = (grad.data_ptr(), grad._version) == self.masked
         self.masked = None
         if self.collecting:
-            wide = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
             staged = self._staged.pop(torch._C._current_graph_task_id(), None)
-            self._total = wide.clone() if staged is None else staged.add_(wide)
-        return None if masked else grad.masked_fill(~mask, 0)
+            if staged is not None and staged.once and untouched:
+                self._total = staged.dense
+            else:
+                wide = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
+                self._total = wide.clone() if staged is None else staged.dense.masked_fill_(mask, 0).add_(wide)
+        return None if untouched else masked(grad, mask)
 
     def commit(self, grad: Tensor) -> None:
         """Collect what `reach` saw, now that it is in `.grad`: a hook after accumulation."""

@@ -1,8 +1,8 @@
-"""The command line: `python -m sparsefx bench`."""
+"""The command line: `python -m sparsefx bench` and `python -m sparsefx tune`."""
 
 import argparse
 
-from sparsefx.bench import command
+from sparsefx.bench import command, tune
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -11,7 +11,13 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", help="time layers and whole networks, sparse against the best dense")
     command.add_arguments(bench)
-    command.run(parser.parse_args(argv), reexecute=argv is None)
+    tuning = commands.add_parser("tune", help="measure GPU kernel configurations and write them to a table")
+    tune.add_arguments(tuning)
+    args = parser.parse_args(argv)
+    if args.command == "tune":
+        tune.run(args)
+    else:
+        command.run(args, reexecute=argv is None)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ enter = kernels.enter
 leave = kernels.leave
 
 
-def conv(layer: SparseConv2d, x: Tensor, images: int, relu: bool = False) -> Tensor:
-    """The layer on blocked activations, and a ReLU behind it."""
+def conv(layer: SparseConv2d, x: Tensor, images: int, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    """The layer on blocked activations, then `+ residual`, then a ReLU."""
     x, weight, bias = layer._operands(x)
     _, padding = layer._pad(x)
     spec = ConvSpec(list(layer.stride), padding, list(layer.dilation), False, [0, 0], layer.groups, images)
     out = ops.conv(x, weight, bias, layer.weight_mask, layer.handle, spec)
+    if residual is not None:
+        out = out.add_(residual)
     return torch.relu_(out) if relu else out
 
 

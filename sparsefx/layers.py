@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsefx.errors import CheckpointError, LayerError, MaskError
 from sparsefx.kernels import ops
+from sparsefx.kernels.masking import masked_
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.spec import ConvSpec
 from sparsefx.shards import is_sharded, part, part_like, shared_like, whole
@@ -76,7 +77,7 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def zero_missing_(self) -> None:
         """Make the stored weight exactly zero where the mask is False."""
-        part(self.weight).masked_fill_(~part_like(self.weight_mask, self.weight), 0)
+        masked_(part(self.weight).detach(), part_like(self.weight_mask, self.weight))
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias in the type that autocast asks for."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 
 from sparsefx.errors import SchedulerError
+from sparsefx.kernels import masking
 from sparsefx.shards import part, part_like, whole
 
 ADAMS = (Adam, AdamW, NAdam, RAdam)
@@ -60,19 +61,25 @@ def first_moment(optimizer: Optimizer, weight: Tensor) -> Tensor | None:
     return state.get("exp_avg" if isinstance(optimizer, ADAMS) else "momentum_buffer")
 
 
-def fold_(moment: Tensor, group: dict, grad: Tensor, first: bool) -> None:
-    """Add to a first moment what a gradient contributes that the optimizer saw as zero.
+def fold_missing_(
+    moment: Tensor, group: dict, collected: Tensor, weight: Tensor, mask: Tensor, *, seen: float, first: bool
+) -> None:
+    """Add to a first moment, at missing weights, the gradient that the optimizer saw as zero, and zero these weights.
 
     The rule is linear, so this gives what the step would have, had the gradient been in `.grad`.
 
     Args:
         moment: The first moment after the step, changed in place.
         group: The weight's parameter group.
-        grad: The gradient that was left out.
+        collected: The dense gradient as collected.
+        weight: Changed in place.
+        mask: Bool, True where a weight exists.
+        seen: Factor from the gradient as collected to the one that the optimizer saw.
         first: Whether the step made the moment; SGD's first buffer is the gradient itself, undamped.
     """
     scale = 1 - group["betas"][0] if "betas" in group else (1.0 if first else 1 - group["dampening"])
-    moment.add_(grad, alpha=-scale if group.get("maximize") else scale)
+    alpha = -scale if group.get("maximize") else scale
+    masking.fold_missing_(moment, collected, weight, mask, seen=seen, alpha=alpha)
 
 
 def normalized(optimizer: Optimizer, group: dict, weight: Tensor) -> Tensor:
@@ -111,8 +118,7 @@ def products(collected: Tensor, grad: Tensor) -> tuple[float, float]:
         collected: Dense gradient as it left backward.
         grad: `.grad` at the step, zero at missing weights.
     """
-    seen = grad.detach().reshape(-1).to(collected.dtype)
-    return float(torch.dot(collected.reshape(-1), seen)), float(torch.dot(seen, seen))
+    return masking.products(collected, grad.detach().to(collected.dtype))
 
 
 def scale_seen(products: Sequence[float], otherwise: float) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsefx import moments
+from sparsefx.kernels.masking import masked_
 from sparsefx.layers import SparseLayer
 from sparsefx.ranks import Ranks
 from sparsefx.shards import is_sharded, mean_part_like, part, part_like
@@ -84,7 +85,7 @@ class Window:
             layer = self.layers[name]
             moment = moments.first_moment(optimizer, layer.weight)
             if moment is not None:
-                part(moment).masked_fill_(~part_like(layer.weight_mask, layer.weight), 0)
+                masked_(part(moment), part_like(layer.weight_mask, layer.weight))
                 layer.zero_missing_()
         self.partial = False
 
@@ -94,22 +95,25 @@ class Window:
         if self.stale:
             self.clear_missing()
             self.stale = False
-        self._fold(mine, optimizer)
+        zeroed = self._fold(mine, optimizer)
         known = moments.leaves_zeros(optimizer)
         for name in mine if known else (n for n, (one, _) in self.places().items() if one is optimizer):
-            self.layers[name].zero_missing_()
+            if name not in zeroed:
+                self.layers[name].zero_missing_()
         if self._fresh:
             self.note_fresh()
 
     @torch.no_grad()
-    def _fold(self, mine: Mapping[str, dict], optimizer: Optimizer) -> None:
-        """Complete the first moments at missing weights with the gradients collected for them.
+    def _fold(self, mine: Mapping[str, dict], optimizer: Optimizer) -> set[str]:
+        """Complete the first moments at missing weights with the gradients collected for them, and zero these weights.
 
         Across ranks each folds its own gradient: the rule is linear, so the mean that `reduce` takes before an update
         is what folding the mean of every step would have given. Only the scale is agreed on at each step.
 
         Args:
             mine: Parameter group by name of the optimizer's sparse weights.
+        Returns:
+            Names of the layers that had one.
         """
         ready, products = {}, {}
         for name, group in mine.items():
@@ -122,11 +126,12 @@ class Window:
         products = self.ranks.mean_products(products, list(mine))
         whole = moments.scale_seen([sum(column) for column in zip(*products.values(), strict=True)], 1.0)
         for name, (group, collected, moment) in ready.items():
-            mask = part_like(self.layers[name].weight_mask, self.layers[name].weight)
-            missing = collected.masked_fill(mask, 0).mul_(moments.scale_seen(products[name], whole))
-            moments.fold_(moment, group, missing.to(moment.dtype), first=name in self._fresh)
+            weight = self.layers[name].weight
+            mask, seen = part_like(self.layers[name].weight_mask, weight), moments.scale_seen(products[name], whole)
+            moments.fold_missing_(moment, group, collected, part(weight), mask, seen=seen, first=name in self._fresh)
         replicated = any(not is_sharded(self.layers[name].weight) for name in mine)
         self.partial = self.partial or (replicated and self.ranks.several)
+        return set(ready)
 
     def _collected(self, layer: SparseLayer) -> Tensor | None:
         """What has been collected for a layer; of a sharded one, this rank's part of the mean over the ranks."""

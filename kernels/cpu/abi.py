@@ -2,10 +2,12 @@
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 
+from . import buffers
 from .build import default_isa, library
 
 _P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -27,13 +29,15 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_linear_rows": (_INT, [_P, _INT, _P, _I64, _P, _P, _INT, _P, _INT]),
     "sfx_convert": (None, [_INT, _INT, _P, _P, _I64, _I64, _I64, _INT, _INT]),
     "sfx_norm": (None, [_INT, _INT, _P, _I64, _I64, _I64, _INT]),
+    "sfx_masked_copy": (None, [_P, _P, _P, _I64, _INT]),
+    "sfx_masked_fold": (None, [_P, _P, _P, _P, _I64, ctypes.c_float, ctypes.c_float, _INT]),
+    "sfx_products": (None, [_P, _P, _I64, _P, _INT]),
     "sfx_max_pool": (None, [_INT, _INT, _P, _P, _P, _P, _I64, _INT]),
     "sfx_advise": (None, [_P, _I64]),
     "sfx_peak": (ctypes.c_double, [_INT]),
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK = 16
-_HUGE = 4 << 20
 
 
 @functools.cache
@@ -65,11 +69,11 @@ def check(lib: ctypes.CDLL, status: int) -> None:
 
 
 def empty(lib: ctypes.CDLL, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialized tensor; a large one asks for huge pages, which are far cheaper to fault in anew each step."""
-    tensor = torch.empty(shape, dtype=dtype)
-    if tensor.nbytes >= _HUGE:
-        lib.sfx_advise(tensor.data_ptr(), tensor.nbytes)
-    return tensor
+    """An uninitialized tensor; a large one lies in memory that an earlier step has used and freed."""
+    count = math.prod(shape)
+    if count * dtype.itemsize < buffers.SMALLEST:
+        return torch.empty(shape, dtype=dtype)
+    return buffers.take(count * dtype.itemsize, lib.sfx_advise).view(dtype).view(shape)
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

@@ -179,7 +179,7 @@ def compile_case(case: Case, target: str) -> Report:
             if name in ("capacity", "outer", "inner"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(jit, signature, {k: v for k, v in case.constants.items() if k in signature}, attributes)
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], 32), options=options)
     sass, usage = _disassemble(compiled.asm["cubin"])
     config = {k.removeprefix("BLOCK_").lower(): v for k, v in case.constants.items() if k.startswith("BLOCK")}

@@ -64,7 +64,7 @@ class Row:
     share_of_roofline: float
     error: float
     rebuild_ms: float
-    break_even: float
+    break_even: float | None
     all_ms: dict[str, float]
 
     def __str__(self) -> str:
@@ -74,7 +74,14 @@ class Row:
             f"{self.dense_ms:8.3f} ms ({self.dense_kind})  ratio {self.ratio:5.2f}  executed "
             f"{self.executed_tflops:6.1f} equivalent {self.equivalent_tflops:7.1f} TFLOP/s  {self.gb_per_s:5.0f} GB/s  "
             f"roofline {self.share_of_roofline:4.0%}  error {self.error:.1e}  rebuild {self.rebuild_ms:.2f} ms  "
-            f"break-even {self.break_even:.3f}"
+            f"break-even {self.break_even}"
+        )
+
+    def without_times(self) -> str:
+        """What is true of an interpreted row."""
+        return (
+            f"{self.layer:16s} {self.kind} {self.precision} {self.masks:7s} density {self.density:.3f} columns "
+            f"{self.column_density:.2f}  {self.config}  error {self.error:.1e}"
         )
 
 
@@ -119,7 +126,7 @@ def bench(
                     t = tensors(layer, mask, dtype)
                     for row in _rows(layer, t, kind_of_mask, precision, dense, rounds, compiled and cuda, ceilings):
                         rows.append(row)
-                        print(row, flush=True)
+                        print(row if cuda else row.without_times(), flush=True)
     if json_path:
         versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
         document = {"device": name, "versions": versions, "ceilings": asdict(ceilings), "rows": [*map(asdict, rows)]}
@@ -154,10 +161,11 @@ def _rows(
     device = t.x.device
     plan = plan_of(layer, t)
     rebuild = medians({"rebuild": lambda: plan.update_(t.mask)}, device, rounds)["rebuild"]
-    fuller = _fuller(layer, t)
+    cuda = device.type == "cuda"
+    fuller = _fuller(layer, t) if cuda else None
     rows = []
     for kind in PASSES:
-        calls = sparse_calls(layer, t, plan, kind, borders=True)
+        calls = sparse_calls(layer, t, plan, kind, borders=cuda)
         want = exact(layer, t, kind)
         got = calls["chwn"]()
         error = _error(got if kind == "wgrad" else outer(layer, got), want)
@@ -167,18 +175,21 @@ def _rows(
             dense[kind] = medians(with_graphs(dense_calls(layer, t, kind, compiled), device), device, rounds)
         chosen = min((n for n in sparse if n.startswith("chwn")), key=lambda n: sparse[n])
         best = min(dense[kind], key=lambda n: dense[kind][n])
-        more = _slope(layer, *fuller, kind, device, rounds)
-        density, density_more = t.mask.float().mean().item(), fuller[0].mask.float().mean().item()
+        meets = None
+        if fuller:
+            low = (t.mask.float().mean().item(), sparse[chosen])
+            meets = _break_even(low, _fuller_time(layer, *fuller, kind, rounds), dense[kind][best])
         rows.append(
             _row(layer, t, plan, masks, precision, kind, ceilings, sparse | dense[kind], chosen, best, error, rebuild,
-                 _break_even((density, sparse[chosen]), (density_more, more), dense[kind][best]))
+                 meets)
         )  # fmt: skip
     return rows
 
 
 def _row(
     layer: Layer, t: Tensors, plan: LayerPlan, masks: str, precision: str, kind: str, ceilings: Ceilings,
-    times: dict[str, float], chosen: str, best: str, error: float, rebuild: float, break_even: float,
+    times: dict[str, float], chosen: str, best: str, error: float, rebuild: float,
+    break_even: float | None,
 ) -> Row:  # fmt: skip
     pattern = plan.backward if kind == "dgrad" else plan.forward
     columns = pattern.column_density.item()
@@ -220,9 +231,10 @@ def _fuller(layer: Layer, t: Tensors) -> tuple[Tensors, LayerPlan]:
     return fuller, plan_of(layer, fuller)
 
 
-def _slope(layer: Layer, t: Tensors, plan: LayerPlan, kind: str, device: torch.device, rounds: int) -> float:
-    call = sparse_calls(layer, t, plan, kind, borders=False)["chwn"]
-    return medians({"": captured(call) if device.type == "cuda" else call}, device, rounds)[""]
+def _fuller_time(layer: Layer, t: Tensors, plan: LayerPlan, kind: str, rounds: int) -> tuple[float, float]:
+    """Density and milliseconds of the fuller layer."""
+    call = captured(sparse_calls(layer, t, plan, kind, borders=False)["chwn"])
+    return t.mask.float().mean().item(), medians({"": call}, t.x.device, rounds)[""]
 
 
 def _break_even(low: tuple[float, float], high: tuple[float, float], dense: float) -> float:

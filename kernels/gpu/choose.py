@@ -10,8 +10,8 @@ from sparsefx.kernels.gpu.model import Work, predict
 from sparsefx.kernels.gpu.plan import Geometry
 from sparsefx.kernels.patterns import Pattern, Tiling, aligned_rows, forward_matrix, transposed_matrix
 
-ROWS = (16, 64)
-"""Tiles that are tried for masks without aligned units."""
+ROWS = (64, 16)
+"""Tiles that are tried for masks without aligned units; the first wins a tie."""
 SMALLEST, LARGEST = 8, 128
 
 

@@ -27,7 +27,7 @@ class Kernel:
     def launch(self, grid: int, *, cuda: bool, **arguments: Any) -> None:
         """Run `grid` programs with the kernel's arguments by name."""
         if cuda:
-            self.jit[(grid,)](**arguments)
+            self.jit[(grid,)](**arguments, enable_fp_fusion=True)
         else:
             options = ("num_warps", "num_stages")
             self.interpreted[(grid,)](**{k: v for k, v in arguments.items() if k not in options})

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from sparsefx.bench import cuda
 from sparsefx.bench.layers import trained_layers
 from sparsefx.bench.model import PARTS, Request, bench_model
 from sparsefx.bench.report import markdown, plot, save, text
 from sparsefx.bench.settings import PROMISED, SETTINGS, machine
 from sparsefx.bench.trainers import Masks, load
-from sparsefx.errors import SparsefxError
 from sparsefx.kernels.bench import LAYERS, PassResult, bench_layers, clustered
 
 ALLOCATOR = {
@@ -46,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     masks.add_argument("--clustered", type=int, metavar="H", help="masks in columns of H output channels")
     masks.add_argument("--trained", type=Path, metavar="FILE", help="masks and weights of examples/cifar10.py --save")
     parser.add_argument("--json", type=Path, help="write the rows here, after each network")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the rows; needs matplotlib")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw the rows; needs matplotlib, on cuda writes SVG without"
+    )
+    parser.add_argument(
+        "--interpret", action="store_true", help="with --device cuda: toy sizes in Triton's interpreter"
+    )
     parser.add_argument("--row", help=argparse.SUPPRESS)
 
 
@@ -59,17 +64,17 @@ def run(args: argparse.Namespace, reexecute: bool) -> None:
         SparsefxError: a device that there are no kernels for.
     """
     if args.device == "cuda":
-        raise SparsefxError("bench: expected --device cpu, got cuda; there are no GPU kernels yet")
+        cuda.run(args)
+        return
     if reexecute and any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, "-m", "sparsefx", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
     if args.row:
         _one(args)
         return
-    results: dict[str, Any] = {"machine": machine() | {"threads": args.threads}}
+    results: dict[str, Any] = {"machine": machine() | {"threads": args.threads}, "rows": []}
     if args.layers or not args.models:
         results["layers"] = [asdict(row) for row in _layers(args)]
         _keep(args, results)
-    results["rows"] = []
     for job in jobs(args):
         print(f"{job['model']}: batch {job['batch']}, density {job['density']:g}, {job['threads']} threads", flush=True)
         row = _in_process(args, job)
@@ -85,7 +90,7 @@ def _layers(args: argparse.Namespace) -> list[PassResult]:
     if args.trained:
         layers, masks = trained_layers(args.trained)
     elif args.clustered:
-        masks = clustered(args.clustered)
+        masks = clustered(args.clustered, layers)
     return bench_layers(layers, masks, threads=args.threads[-1], rounds=args.rounds)
 
 

@@ -47,7 +47,7 @@ class Trainer:
     def __init__(self, model: nn.Module, data: tuple[Tensor, Tensor], *, run: Any = None, half: bool = False) -> None:
         self.model, self.half = model, half
         self.images, self.labels = data
-        self.run = run or model
+        self.run = model if run is None else run
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
         )

@@ -1,4 +1,4 @@
-"""The fuse pass: in a region, BatchNorm with the residual and the ReLU behind it, a convolution with its ReLU."""
+"""The fuse pass: in a region, BatchNorm or convolution with the residual and the ReLU behind it."""
 
 import operator
 from typing import Any
@@ -16,19 +16,18 @@ _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 def fuse(model: nn.Module, graph: fx.Graph) -> None:
     """Fuse in place what stands in a region of `graph`; values that something else reads stay."""
     for node in list(graph.nodes):
-        if node.target is blocked.batch_norm:
-            _fuse(model, graph, node, residuals=True)
-        elif node.target is blocked.conv:
-            _fuse(model, graph, node, residuals=False)
+        if node.target in (blocked.batch_norm, blocked.conv):
+            _fuse(model, graph, node)
     graph.lint()
 
 
-def _fuse(model: nn.Module, graph: fx.Graph, node: fx.Node, residuals: bool) -> None:
+def _fuse(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     last, residual = node, None
     added = _only_user(node)
-    if residuals and added is not None and added.target in _ADDS and len(added.args) == 2:
+    if added is not None and added.target in _ADDS and len(added.args) == 2:
         others = [a for a in added.args if a is not node]
-        if len(others) == 1 and isinstance(others[0], fx.Node):
+        # Dynamo takes no operator that reads one tensor twice: a norm's input is not its residual.
+        if len(others) == 1 and isinstance(others[0], fx.Node) and others[0] not in node.args:
             last, residual = added, others[0]
     relu = _only_user(last)
     clamps = relu is not None and _is_relu(model, relu)

@@ -51,6 +51,11 @@ class Program:
         active = self._active
         return self._boundaries | (active.called if active is not None else {})
 
+    @property
+    def latest(self) -> fx.Graph | None:
+        """The graph that ran last; None if it was the own forward."""
+        return None if self._active is None else self._active.graph
+
     def current(self, model: nn.Module) -> "Compiled | None":
         """The graph that holds for the model as it is, traced now if need be; None for the own forward."""
         for compiled in self._graphs:

@@ -1,5 +1,6 @@
 """Run a graph in regions where that is faster: build the regions, check them against the graph, and choose by time."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
+from sparsefx.errors import TraceWarning
 from sparsefx.graph.fuse import fuse
 from sparsefx.graph.layout import DTYPES, assign, record
 from sparsefx.graph.snapshot import RandomState, State
@@ -91,6 +93,12 @@ class Chooser:
         expected, got = (restored(partial(detached, call, self.model, inputs)) for call in functions)
         if not alike(expected, got):
             self.problem = "has regions whose results differ from those of its graph"
+            warnings.warn(
+                f"{type(self.model).__name__}: expected regions of blocked activations to give the graph's results, got "
+                "others; it runs without them. Please report the model",
+                TraceWarning,
+                stacklevel=2,
+            )
             return None
         steps = [partial(step, call, self.model, inputs) for call in functions]
         chosen = restored(partial(self.choose, ("regions", self.model.training, *key), steps))[0]

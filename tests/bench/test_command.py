@@ -3,13 +3,11 @@
 import argparse
 import json
 
-import pytest
-
 from sparsefx.__main__ import main
 from sparsefx.bench import SETTINGS, command
 from sparsefx.bench.report import plot
 from sparsefx.bench.settings import PROMISED
-from sparsefx.errors import SparsefxError
+from sparsefx.kernels.bench import Layer
 
 
 def options(*words):
@@ -38,6 +36,18 @@ def test_a_network_from_the_command_line(tmp_path, capsys):
     assert f"| {row['ratio']:.2f} |" in capsys.readouterr().out
 
 
+def test_layers_with_clustered_masks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "LAYERS", [Layer("conv", 12, 8, 3, 6, 20, 2, 0.5), Layer("linear", 16, 8, 1, 0, 20)])
+    out = tmp_path / "rows.json"
+    main(["bench", "--clustered", "4", "--rounds", "3", "--threads", "1", "--json", str(out)])
+    results = json.loads(out.read_text())
+    assert [row["kind"] for row in results["layers"]] == 2 * ["fprop", "dgrad", "wgrad"]
+    assert {row["shape"] for row in results["layers"]} == {"12x8x3x3 on 6x6 b20 /2", "16x8 b20"}
+    assert all(row["error"] < 1e-5 for row in results["layers"])
+    assert results["rows"] == []
+    assert "12x8x3x3 on 6x6 b20 /2" in capsys.readouterr().out
+
+
 def test_a_process_that_fails_is_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", "false")
     out = tmp_path / "rows.json"
@@ -63,8 +73,3 @@ def test_plot_draws_sweeps(tmp_path):
     ]
     plot([*rows, {"model": "x", "error": "y"}], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_cuda_raises():
-    with pytest.raises(SparsefxError, match="no GPU kernels"):
-        main(["bench", "--device", "cuda"])

@@ -9,6 +9,7 @@ from torch import nn
 
 import sparsefx
 from sparsefx import blocked
+from sparsefx.errors import TraceWarning
 from sparsefx.layers import sparse_layers
 from tests.graph.region_nets import NETS, Net, Residual, conversions, in_regions, pair, relative
 
@@ -226,3 +227,20 @@ def test_choices_by_shape_and_gradients():
         model(image(7))
     assert len(asked) == 2
     assert asked[0] != asked[1]
+
+
+def test_summary_tells_of_regions():
+    model, _ = pair(NETS["resnet"](), image())
+    model(image())
+    assert "7 convolutions run in regions of blocked activations, with 2 conversions in all" in str(
+        sparsefx.summary(model)
+    )
+
+
+def test_regions_with_other_results_are_not_run(monkeypatch):
+    monkeypatch.setattr(blocked, "mean", lambda x: x.mean((2, 3), keepdim=True) * 1.5)
+    with pytest.warns(TraceWarning, match="regions of blocked activations"):
+        model, twin = pair(NETS["wrn"]().eval(), image())
+    assert conversions(model) == (0, 0)
+    x = image()
+    assert relative(model(x), twin(x.double())) < 1e-5

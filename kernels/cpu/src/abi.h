@@ -57,6 +57,14 @@ struct SfxNorm {
 void sfx_norm(int backward, int dtype, const SfxNorm* arguments, int64_t images, int64_t channels, int64_t pixels,
               int threads);
 
+// out = x where mask, zero elsewhere; `out` may be `x`.
+void sfx_masked_copy(const float* x, const uint8_t* mask, float* out, int64_t n, int threads);
+// Where mask is false: moment += alpha * (collected * seen), weight = 0.
+void sfx_masked_fold(float* moment, const float* collected, float* weight, const uint8_t* mask, int64_t n, float seen,
+                     float alpha, int threads);
+// sums: <a, b> and <b, b>.
+void sfx_products(const float* a, const float* b, int64_t n, double* sums, int threads);
+
 // Max pooling of planes of blocked activations, and its gradient; `taps` has a byte for each output.
 struct SfxPool {
   int64_t in[2], out[2], kernel[2], stride[2], pad[2];

@@ -1,0 +1,106 @@
+"""Dense weights, gradients and moments under a mask, in one pass over memory each.
+
+Every function takes any tensors; those on the CPU in fp32 that lie alike in memory run in C++, where torch's masked
+operators take several times as long as the memory needs.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from sparsefx.kernels.cpu.abi import empty, load, pointer
+from sparsefx.kernels.cpu.build import CompilerUnavailable
+
+_SMALL = 1 << 12
+"""Below this many elements a call through ctypes costs more than torch's operator."""
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """A copy of `x` that is zero where `mask` is False."""
+    library = _library(x, mask)
+    if library is None:
+        return x.masked_fill(~mask, 0)
+    out = empty(library, x.shape, x.dtype) if x.is_contiguous() else torch.empty_like(x)
+    library.sfx_masked_copy(pointer(x), pointer(mask), pointer(out), x.numel(), torch.get_num_threads())
+    return out
+
+
+def masked_(x: Tensor, mask: Tensor) -> Tensor:
+    """Zero `x` in place where `mask` is False."""
+    library = _library(x, mask)
+    if library is None:
+        return x.masked_fill_(~mask, 0)
+    library.sfx_masked_copy(pointer(x), pointer(mask), pointer(x), x.numel(), torch.get_num_threads())
+    _bump(x)
+    return x
+
+
+def fold_missing_(
+    moment: Tensor, collected: Tensor, weight: Tensor, mask: Tensor, *, seen: float = 1.0, alpha: float = 1.0
+) -> None:
+    """Where `mask` is False: add `alpha * seen * collected` to `moment`, and zero `weight`.
+
+    Args:
+        moment: First moment, changed in place.
+        collected: Gradient of missing weights; what it holds at existing ones is not read.
+        weight: Changed in place.
+        seen: Factor from the gradient as collected to the one that the optimizer saw.
+        alpha: Factor with which the optimizer's rule adds a gradient to the moment.
+    """
+    library = _library(moment, mask, collected, weight.detach())
+    if library is None:
+        missing = collected.masked_fill(mask, 0).mul_(seen)
+        moment.add_(missing.to(moment.dtype), alpha=alpha)
+        weight.detach().masked_fill_(~mask, 0)
+        return
+    library.sfx_masked_fold(
+        pointer(moment), pointer(collected), pointer(weight), pointer(mask), moment.numel(), seen, alpha,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _bump(moment)
+    _bump(weight)
+
+
+def products(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """`<a, b>` and `<b, b>`, summed alike, so that they are equal where `a` is `b` wherever `b` is not zero."""
+    library = _library(a, None, b)
+    if library is None:
+        left, right = a.reshape(-1), b.reshape(-1).to(a.dtype)
+        return float(torch.dot(left, right)), float(torch.dot(right, right))
+    sums = (ctypes.c_double * 2)()
+    library.sfx_products(pointer(a), pointer(b), a.numel(), ctypes.addressof(sums), torch.get_num_threads())
+    return sums[0], sums[1]
+
+
+def any_nonzero(x: Tensor) -> bool:
+    """Whether an element of `x` is not zero."""
+    return bool(x.any()) if _library(x, None) is None else products(x, x)[1] != 0
+
+
+def _library(x: Tensor, mask: Tensor | None, *others: Tensor) -> ctypes.CDLL | None:
+    """The C++ library where all tensors can be walked as one array each."""
+    if x.numel() < _SMALL or x.requires_grad or not (x.is_contiguous() or _dense(x)):
+        return None
+    for tensor in (x, *others):
+        plain = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+        if not plain or tensor.shape != x.shape or tensor.stride() != x.stride():
+            return None
+    if mask is not None and (type(mask) is not Tensor or mask.shape != x.shape or mask.stride() != x.stride()):
+        return None
+    try:
+        return load()
+    except CompilerUnavailable:
+        return None
+
+
+def _bump(x: Tensor) -> None:
+    """Let autograd notice a write through a pointer."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+
+
+def _dense(x: Tensor) -> bool:
+    return x.dim() in (4, 5) and x.is_contiguous(
+        memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    )

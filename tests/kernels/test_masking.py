@@ -1,0 +1,98 @@
+"""What masking computes in one pass equals torch's own operators to the bit, whatever the tensors look like."""
+
+import pytest
+import torch
+
+from sparsefx.kernels import masking
+
+SHAPES = {"odd": (4099,), "chunks": (7, 4681), "conv": (37, 19, 3, 3), "small": (5, 3)}
+
+
+def tensors(shape, count, dtype=torch.float32, memory_format=torch.contiguous_format):
+    mask = torch.rand(shape) < 0.3
+    found = [torch.randn(shape).to(dtype) for _ in range(count)]
+    for x in found:
+        x.view(-1)[::97] = float("nan")
+        x.view(-1)[::101] = float("inf")
+    if len(shape) == 4:
+        mask, *found = (t.contiguous(memory_format=memory_format) for t in (mask, *found))
+    return mask, *found
+
+
+def equal(a, b):
+    return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_masked(shape, dtype, threads):
+    torch.set_num_threads(threads)
+    mask, x = tensors(shape, 1, dtype)
+    before = x.clone()
+    assert equal(masking.masked(x, mask), x.masked_fill(~mask, 0))
+    assert equal(x, before)
+    version = x._version
+    assert masking.masked_(x, mask) is x
+    assert equal(x, before.masked_fill(~mask, 0))
+    assert x._version == version + 1
+
+
+@pytest.mark.parametrize("mask_format", [torch.contiguous_format, torch.channels_last])
+def test_channels_last(mask_format):
+    mask, x = tensors(SHAPES["conv"], 1, memory_format=torch.channels_last)
+    mask = mask.contiguous(memory_format=mask_format)
+    expected = x.clone().masked_fill_(~mask, 0)
+    assert torch.equal(masking.masked(x, mask).nan_to_num(7.5), expected.nan_to_num(7.5))
+    assert equal(masking.masked_(x.clone(), mask), expected)
+
+
+def test_a_gradient_that_is_differentiated_again_stays_in_the_graph():
+    mask, x = tensors((4099,), 1)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(masking.masked(x, mask).sum(), x)
+    assert torch.equal(grad, mask.float())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_fold(shape, threads):
+    torch.set_num_threads(threads)
+    mask, moment, collected = tensors(shape, 2)
+    weight = torch.randn(shape, requires_grad=True)
+    expected = torch.where(mask, moment, moment + 0.5 * (collected * 0.25))
+    kept = torch.where(mask, weight.detach(), 0.0)
+    versions = moment._version, weight._version
+    masking.fold_missing_(moment, collected, weight, mask, seen=0.25, alpha=0.5)
+    finite = expected.isfinite()
+    torch.testing.assert_close(moment[finite], expected[finite], rtol=1e-6, atol=1e-6)
+    assert torch.equal(moment.isnan(), expected.isnan())
+    assert torch.equal(moment[mask].nan_to_num(), expected[mask].nan_to_num())
+    assert torch.equal(weight.detach(), kept)
+    assert moment._version > versions[0]
+    assert weight._version > versions[1]
+
+
+def test_products_are_right_and_do_not_depend_on_threads():
+    a, b = torch.randn(70_001), torch.randn(70_001)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(masking.products(a, b))
+    assert found[0] == found[1]
+    assert found[0] == pytest.approx((float(a.double() @ b.double()), float(b.double() @ b.double())), rel=1e-12)
+
+
+def test_products_of_a_masked_gradient_with_its_dense_one_are_equal():
+    mask = torch.rand(50_000) < 0.05
+    dense = torch.randn(50_000)
+    first, second = masking.products(dense, masking.masked(dense, mask))
+    assert first == second
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, float("nan"), float("inf"), 3.0])
+@pytest.mark.parametrize("size", [10, 10_001])
+def test_any_nonzero(value, size):
+    x = torch.zeros(size)
+    x[size // 2] = value
+    assert masking.any_nonzero(x) == (value != 0)
