@@ -18,7 +18,7 @@ from sparsefx.kernels import ops
 from sparsefx.kernels.masking import masked_
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.spec import ConvSpec
-from sparsefx.shards import is_sharded, part, part_like
+from sparsefx.shards import is_sharded, part, part_like, shared_like, whole
 
 MASK = "weight_mask"
 
@@ -134,6 +134,11 @@ class SparseLayer(nn.Module):
         self._bind()
         return self
 
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_sharded(self.weight):
+            destination[prefix + MASK] = shared_like(self.weight_mask, self.weight)
+
     def _load_from_state_dict(
         self,
         state_dict: dict,
@@ -145,6 +150,8 @@ class SparseLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         mask = state_dict.get(prefix + MASK)
+        if mask is not None and is_sharded(mask):
+            mask = state_dict[prefix + MASK] = whole(mask)
         if mask is not None and (mask.shape != self.weight_mask.shape or mask.dtype != torch.bool):
             raise CheckpointError(
                 f"{prefix}{MASK}: expected a bool mask of shape {tuple(self.weight_mask.shape)}, got {mask.dtype} "

@@ -18,14 +18,19 @@ def part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def part_like(full: Tensor, like: Tensor) -> Tensor:
-    """What this rank would hold of a whole tensor, were it shared out as `like` is; nothing is sent."""
+def shared_like(full: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every rank has, shared out as `like` is; nothing is sent."""
     if not is_sharded(like):
         return full
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def part_like(full: Tensor, like: Tensor) -> Tensor:
+    """What this rank would hold of a whole tensor, were it shared out as `like` is; nothing is sent."""
+    return part(shared_like(full, like))
 
 
 def mean_part_like(mine: Tensor, like: Tensor) -> Tensor:

@@ -143,6 +143,11 @@ def part_of_run(rank: int, folder: Path, first: int, last: int) -> dict[str, tor
     for batch in parts(batches(14), rank, dist.get_world_size())[first:last]:
         steps(model, optimizer, [batch], 1, None)
     of_model, of_optimizer = get_state_dict(model, optimizer)
+    for name in sparsefx.masks(model):
+        weight, mask = of_model[name], of_model[f"{name}_mask"]
+        assert mask.to_local().dtype == torch.bool
+        assert mask.to_local().shape == weight.to_local().shape
+        assert not weight.to_local()[~mask.to_local()].any()
     state = {"model": of_model, "optimizer": of_optimizer, "scheduler": model.scheduler.state_dict()}
     save(state, checkpoint_id=folder / str(last))
     return whole_state(model)
