@@ -3,13 +3,10 @@
 import argparse
 import json
 
-import pytest
-
 from sparsefx.__main__ import main
 from sparsefx.bench import SETTINGS, command
 from sparsefx.bench.report import plot
 from sparsefx.bench.settings import PROMISED
-from sparsefx.errors import SparsefxError
 
 
 def options(*words):
@@ -63,8 +60,3 @@ def test_plot_draws_sweeps(tmp_path):
     ]
     plot([*rows, {"model": "x", "error": "y"}], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_cuda_raises():
-    with pytest.raises(SparsefxError, match="no GPU kernels"):
-        main(["bench", "--device", "cuda"])
