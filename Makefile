@@ -5,7 +5,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint zoo mnist clean
+.PHONY: help demo test lint zoo mnist gpu clean
 
 PYTHON := .venv/bin/python
 CHECK := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -18,6 +18,7 @@ help:
 	@echo "make test   the tests"
 	@echo "make lint   ruff and pyright"
 	@echo "make zoo    every model of torchvision through the compiler (minutes)"
+	@echo "make gpu    on a CUDA device: the tests that need it and the benchmark (ten minutes)"
 	@echo "make mnist  the paper's MNIST table (hours; goes on where it stopped)"
 	@echo "make clean  remove .venv and everything built"
 
@@ -34,6 +35,10 @@ lint: .venv/.dev
 
 zoo: .venv/.dev
 	@$(PYTHON) -m pytest -q -m zoo
+
+gpu: .venv/.dev
+	@$(PYTHON) -m pytest -q -m gpu
+	@$(PYTHON) -m sparsefx bench --device cuda --json results/bench_gpu.json --plot results/bench_gpu.svg
 
 mnist: .venv/.examples
 	@for density in 1 0.2 0.05; do $(PYTHON) examples/mnist.py --model lenet300 --density $$density; done

@@ -13,6 +13,9 @@ from torch import Tensor
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
 
+# What an operator runs changes with the mask and the window, so that Inductor must not freeze it in a CUDA graph.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int, spec: ConvSpec) -> Tensor:
     """Convolution with a masked weight.
@@ -73,7 +76,7 @@ def _opaque_backward(handle: int, *args: Any) -> tuple[Tensor | None, ...]:
     return grads
 
 
-@torch.library.custom_op("sparsefx::conv", mutates_args=())
+@torch.library.custom_op("sparsefx::conv", mutates_args=(), tags=_TAGS)
 def _conv_op(
     x: Tensor,
     weight: Tensor,
@@ -101,7 +104,7 @@ def _(x, weight, bias, mask, handle, *args):
     return _strided(torch.empty_like(out, memory_format=torch.contiguous_format), x)
 
 
-@torch.library.custom_op("sparsefx::conv_backward", mutates_args=())
+@torch.library.custom_op("sparsefx::conv_backward", mutates_args=(), tags=_TAGS)
 def _conv_backward_op(
     grad: Tensor,
     x: Tensor,
@@ -137,7 +140,7 @@ def _(grad, x, weight, mask, handle, stride, padding, dilation, transposed, outp
     )
 
 
-@torch.library.custom_op("sparsefx::linear", mutates_args=())
+@torch.library.custom_op("sparsefx::linear", mutates_args=(), tags=_TAGS)
 def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int) -> Tensor:
     return Runtime.of(handle).fprop(None, x, weight, bias, mask).contiguous()
 
@@ -147,7 +150,7 @@ def _(x, weight, bias, mask, handle):
     return torch.empty_like(F.linear(x, weight, bias), memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("sparsefx::linear_backward", mutates_args=())
+@torch.library.custom_op("sparsefx::linear_backward", mutates_args=(), tags=_TAGS)
 def _linear_backward_op(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, handle: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ FLOORS = {
     "sparsefx.window": 5,
     "sparsefx.specialize": 4,
     "sparsefx.choices": 4,
+    "sparsefx.plan": 4,
     "sparsefx.graph": 3,
     "sparsefx.blocked": 2,
     "sparsefx.layers": 2,

@@ -193,7 +193,7 @@ def _row(
 ) -> Row:  # fmt: skip
     pattern = plan.backward if kind == "dgrad" else plan.forward
     columns = pattern.column_density.item()
-    work = work_of(kind, t.mask, plan.geometry, layer.hw, layer.batch, t.x.dtype, columns)
+    work = work_of(kind, t.mask, plan.geometry, layer.hw, layer.batch, t.x.dtype, columns, pattern.tiling.unit)
     config = plan.configs[kind]
     said = predict(kind, work, config, ceilings)
     seconds = times[chosen] * 1e-3

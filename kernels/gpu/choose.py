@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsefx.kernels.gpu.config import PASSES, Config, Table, default, key, shipped
+from sparsefx.kernels.gpu.config import NARROWEST, PASSES, Config, Table, default, key, shipped
 from sparsefx.kernels.gpu.model import Work, predict
 from sparsefx.kernels.gpu.plan import Geometry
 from sparsefx.kernels.patterns import Pattern, Tiling, aligned_rows, forward_matrix, transposed_matrix
@@ -24,17 +24,24 @@ def precision_of(dtype: torch.dtype, linear: bool) -> str:
 
 
 def work_of(
-    kind: str, mask: Tensor, geometry: Geometry, hw: tuple[int, int], images: int, dtype: torch.dtype, density: float
+    kind: str,
+    mask: Tensor,
+    geometry: Geometry,
+    hw: tuple[int, int],
+    images: int,
+    dtype: torch.dtype,
+    density: float,
+    unit: int = 0,
 ) -> Work:
-    """What a pass has to do, for the model."""
+    """What a pass has to do, for the model; `unit` is the number of rows that a tile holds, 0 if it is full."""
     out_h, out_w = geometry.out_hw(*hw)
     inside, outside = hw[0] * hw[1] * images, out_h * out_w * images
     out, inputs, taps = mask.shape[0], mask.shape[1], geometry.taps
     half = {torch.float16: "fp16", torch.bfloat16: "bf16"}
     precision = half.get(dtype) or precision_of(dtype, geometry.op == "linear")
     if kind == "dgrad":
-        return Work(inputs, out * taps, taps, outside, inside, outside, density, precision)
-    return Work(out, inputs * taps, taps, inside, outside, outside, density, precision)
+        return Work(inputs, out * taps, taps, outside, inside, outside, density, precision, unit)
+    return Work(out, inputs * taps, taps, inside, outside, outside, density, precision, unit)
 
 
 def column_density(matrix: Tensor, rows: int, unit: int | None = None) -> float:
@@ -64,12 +71,13 @@ def choose(
     Args:
         mask: Of the layer.
         hw, images: Size of the input.
-        unit: From `unit_rows`; tiles then have as many rows.
+        unit: From `unit_rows`; tiles then hold as many rows.
         table: The shipped one if None.
     """
     table = shipped() if table is None else table
     device = torch.cuda.get_device_name(mask.device) if mask.is_cuda else mask.device.type
-    forward = {unit: column_density(forward_matrix(mask), unit, unit)} if unit else _densities(forward_matrix(mask))
+    block = max(unit or 0, NARROWEST)
+    forward = {block: column_density(forward_matrix(mask), block, unit)} if unit else _densities(forward_matrix(mask))
     backward = _densities(transposed_matrix(mask))
     configs = {}
     for kind in PASSES:
@@ -83,7 +91,8 @@ def choose(
             return table.get(device, name) or default(kind, dtype, rows)
 
         def seconds(rows: int, density: float, kind: str = kind) -> float:
-            work = work_of(kind, mask, geometry, hw, images, dtype, density)
+            held = min(unit, rows) if unit and kind != "dgrad" else 0
+            work = work_of(kind, mask, geometry, hw, images, dtype, density, held)
             return predict(kind, work, config(rows, density)).seconds
 
         rows = min(tried, key=lambda rows: seconds(rows, tried[rows]))

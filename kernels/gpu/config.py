@@ -12,7 +12,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+import triton
 
+NARROWEST = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 16
+"""Rows of the smallest tile. Triton 3.6 uses wgmma from 16 on the N side; a unit of 8 then half fills its tile."""
 PASSES = ("fprop", "dgrad", "wgrad")
 
 
@@ -108,7 +111,9 @@ def shipped() -> Table:
 
 def shipped_configs(dtype: torch.dtype) -> list[tuple[str, Config]]:
     """Every (pass, configuration) that can be chosen for a type: the defaults and the rows of the shipped table."""
-    found = [(kind, default(kind, dtype, rows)) for kind in PASSES for rows in (8, 16, 32, 64, 128)]
+    found = [
+        (kind, default(kind, dtype, rows)) for kind in PASSES for rows in (8, 16, 32, 64, 128) if rows >= NARROWEST
+    ]
     name = str(dtype).removeprefix("torch.")
     for rows in shipped().entries.values():
         found += [(k.split()[0], config) for k, config in rows.items() if k.split()[3] == name]

@@ -51,6 +51,7 @@ class Work:
         products: Positions that a (row, column) pair meets.
         column_density: Share of live (tile, column) pairs.
         precision: "ieee", "tf32", "fp16" or "bf16".
+        unit: Rows that a tile holds, 0 if it is full.
     """
 
     rows: int
@@ -61,6 +62,7 @@ class Work:
     products: int
     column_density: float
     precision: str
+    unit: int = 0
 
     @property
     def bytes_each(self) -> int:
@@ -97,7 +99,7 @@ def narrow_share(rows: int) -> float:
 
 def predict(kind: str, work: Work, config: Config, ceilings: Ceilings = H100) -> Prediction:
     """The time of a pass on `[C, H, W, N]` activations, weight packing and the reduction of splits included."""
-    tiles = -(-work.rows // config.rows)
+    tiles = -(-work.rows // (work.unit or config.rows))
     live = tiles * work.columns * work.column_density
     dense_flops = 2.0 * work.rows * work.columns * work.products
     side = max(config.rows, 64) if config.rows_first else config.rows

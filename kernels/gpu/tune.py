@@ -7,7 +7,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from sparsefx.kernels.gpu.cases import PASSES, Layer, Tensors, draw, sparse_calls, tensors
-from sparsefx.kernels.gpu.config import Config, Table, default, key
+from sparsefx.kernels.gpu.config import NARROWEST, Config, Table, default, key
 from sparsefx.kernels.gpu.plan import Geometry, LayerPlan
 from sparsefx.kernels.gpu.timing import Calls, medians
 
@@ -62,7 +62,7 @@ def tune(
     for layer in layers:
         for dtype in dtypes:
             for h in rows:
-                if h > layer.out:
+                if not NARROWEST <= h <= layer.out:
                     continue
                 t = tensors(layer, draw(layer, f"h{h}", density, device), dtype)
                 for kind in PASSES:

@@ -7,7 +7,6 @@ from sparsefx.__main__ import main
 from sparsefx.bench import SETTINGS, command
 from sparsefx.bench.report import plot
 from sparsefx.bench.settings import PROMISED
-from sparsefx.kernels.bench import Layer
 
 
 def options(*words):
@@ -34,18 +33,6 @@ def test_a_network_from_the_command_line(tmp_path, capsys):
     assert "memory" in row
     assert "breakdown" not in row
     assert f"| {row['ratio']:.2f} |" in capsys.readouterr().out
-
-
-def test_layers_with_clustered_masks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "LAYERS", [Layer("conv", 12, 8, 3, 6, 20, 2, 0.5), Layer("linear", 16, 8, 1, 0, 20)])
-    out = tmp_path / "rows.json"
-    main(["bench", "--clustered", "4", "--rounds", "3", "--threads", "1", "--json", str(out)])
-    results = json.loads(out.read_text())
-    assert [row["kind"] for row in results["layers"]] == 2 * ["fprop", "dgrad", "wgrad"]
-    assert {row["shape"] for row in results["layers"]} == {"12x8x3x3 on 6x6 b20 /2", "16x8 b20"}
-    assert all(row["error"] < 1e-5 for row in results["layers"])
-    assert results["rows"] == []
-    assert "12x8x3x3 on 6x6 b20 /2" in capsys.readouterr().out
 
 
 def test_a_process_that_fails_is_a_row(tmp_path, monkeypatch):

@@ -96,3 +96,9 @@ def test_eager_path_and_operator_agree(runtime):
     arguments = conv_arguments(SPECS["stride2"], "cpu", runtime)
     spec = ConvSpec(*arguments[5:])
     assert torch.equal(ops.conv(*arguments[:5], spec), torch.ops.sparsefx.conv(*arguments))
+
+
+@pytest.mark.parametrize("name", ["conv", "conv_backward", "linear", "linear_backward"])
+def test_inductor_freezes_no_operator_in_a_cuda_graph(name):
+    """A replayed graph would go on with an old window and an old choice of backend."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.sparsefx, name).default.tags

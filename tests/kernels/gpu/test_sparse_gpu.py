@@ -96,3 +96,13 @@ def test_a_new_mask_keeps_the_plan_and_its_addresses():
 )
 def test_what_the_kernels_do_not_cover(spec, x, mask):
     assert not SparseGpu.supports(spec, x, mask.bool())
+
+
+def test_units_of_eight_half_fill_tiles_of_sixteen_where_triton_needs_them(monkeypatch):
+    monkeypatch.setattr("sparsefx.kernels.gpu.choose.NARROWEST", 16)
+    mask = (torch.rand(2, 6) < 0.4).repeat_interleave(8, 0)
+    mask[8:] = ~mask[:1]
+    plan = check(mask, None, torch.randn(9, 6)).plan(torch.float32, (1, 1), 9)
+    assert plan.configs["fprop"].rows == 16
+    assert plan.forward.tiling.unit == 8
+    assert plan.forward.column_density == mask.float().mean()
