@@ -8,7 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsefx.errors import LayerError
 from sparsefx.layers import MASK, SparseLayer, sparse_layers
-from sparsefx.specialize import Plan, plan_of
+from sparsefx.plan import Plan
+from sparsefx.specialize import plan_of
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 

@@ -100,7 +100,7 @@ class Specializer:
         plan = self._plans.get(layer.handle)
         chosen = dict.fromkeys(PASSES, "dense")
         if plan is not None:
-            chosen.update({key[0]: name for key, name in plan.choices.items()})
+            chosen.update({key[0]: name for key, name in plan.choices.items()} | plan.running)
         return chosen
 
     def calls(self, layer: SparseLayer, backend: str) -> list[tuple[str, torch.Size, ConvSpec | None]]:
@@ -160,6 +160,7 @@ class Specializer:
             start = time.perf_counter()
             name = plan.choices[key] = self._choose(plan, key, spec, weight, (x, grad))
             self.seconds += time.perf_counter() - start
+        plan.running[kind] = name
         return self._backend(plan, name, spec)
 
     def choose_graph(self, key: tuple, calls: list[Callable[[], Any]]) -> int:
@@ -208,7 +209,7 @@ class Specializer:
         key = (name, spec.key if spec else None)
         if key not in plan.backends:
             plan.backends[key] = BACKENDS[name](plan.mask, spec)
-        if spec is None or not spec.images or name == "sparse":
+        if spec is None or not spec.images or isinstance(plan.backends[key], SparseCpu):
             return plan.backends[key]
         return CONVERTED_DENSE if name == "dense" else Converted(plan.backends[key])
 

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
             "bench: expected a CUDA device, got none; run it where there is one, or add --interpret to check the same "
             "kernels on toy sizes in Triton's interpreter"
         )
-    from sparsefx.kernels.gpu.bench import bench
+    from sparsefx.kernels.blocked import Converted
+from sparsefx.kernels.gpu.bench import bench
     from sparsefx.kernels.gpu.cases import MASKS
 
     start = time.perf_counter()
@@ -206,6 +207,6 @@ def _only(backend: Callable[..., Any]) -> Callable[..., Any]:
         key = spec.key if spec else ()
         if key not in made:
             made[key] = backend(mask, spec)
-        return made[key]
+        return Converted(made[key]) if spec is not None and spec.images else made[key]
 
     return choose
