@@ -40,6 +40,7 @@ def network() -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--until", type=int, help="stop before this epoch; a later run goes on")
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--checkpoint", type=Path, default=Path("ddp.pt"))
     options = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> None:
         model.scheduler.load_state_dict(saved["scheduler"])
         first = saved["epoch"] + 1
 
-    for epoch in range(first, options.epochs):
+    for epoch in range(first, options.until or options.epochs):
         sampler.set_epoch(epoch)
         total = torch.zeros((), device=device)
         for x, y in loader:

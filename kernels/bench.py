@@ -31,6 +31,14 @@ class Layer:
     density: float = 0.05
 
     @property
+    def shape(self) -> str:
+        """Weight, maps, batch and stride."""
+        if self.size == 0:
+            return f"{self.out}x{self.inputs} b{self.batch}"
+        weight = f"{self.out}x{self.inputs}x{self.kernel}x{self.kernel}"
+        return f"{weight} on {self.size}x{self.size} b{self.batch}" + (f" /{self.stride}" if self.stride > 1 else "")
+
+    @property
     def padding(self) -> int:
         """Padding that keeps the size at stride 1."""
         return self.kernel // 2
@@ -44,6 +52,7 @@ class PassResult:
     """
 
     layer: str
+    shape: str
     kind: str
     density: float
     live_columns: float
@@ -123,12 +132,19 @@ def clustered(rows: int, layers: Sequence[Layer] = LAYERS) -> dict[str, Tensor]:
 
 
 def _format(r: PassResult) -> str:
-    return (
-        f"{r.layer:28s} {r.kind} d={r.density:.3f} columns {r.live_columns:.2f}  dense {r.dense_ms:8.2f} ms "
-        f"±{r.dense_spread:3.0%} ({r.dense_kind})  sparse {r.sparse_ms:8.2f} ms ±{r.sparse_spread:3.0%}  "
-        f"ratio {r.ratio:5.2f}  useful {r.useful_gflops:5.0f}  equivalent {r.dense_equivalent_gflops:6.0f} GFLOP/s  "
-        f"dense {r.dense_gflops:4.0f}  peak {r.share_of_peak:4.0%}  lists {r.list_ms:6.2f} ms  error {r.error:.1e}"
+    parts = (
+        f"{r.layer:28s} {r.shape:30s} {r.kind} d={r.density:.3f} columns {r.live_columns:.2f}",
+        f"dense {r.dense_ms:8.2f} ms ±{r.dense_spread:3.0%} ({r.dense_kind})",
+        f"sparse {r.sparse_ms:8.2f} ms ±{r.sparse_spread:3.0%}",
+        f"ratio {r.ratio:5.2f}",
+        f"useful {r.useful_gflops:5.0f}",
+        f"equivalent {r.dense_equivalent_gflops:6.0f} GFLOP/s",
+        f"dense {r.dense_gflops:4.0f}",
+        f"peak {r.share_of_peak:4.0%}",
+        f"lists {r.list_ms:6.2f} ms",
+        f"error {r.error:.1e}",
     )
+    return "  ".join(parts)
 
 
 def _bench(layer: Layer, mask: Tensor | None, rounds: int, peak: float, clock: Callable[[], float]) -> list[PassResult]:
@@ -149,6 +165,7 @@ def _bench(layer: Layer, mask: Tensor | None, rounds: int, peak: float, clock: C
         results.append(
             PassResult(
                 layer=layer.name,
+                shape=layer.shape,
                 kind=kind,
                 density=plan.density,
                 live_columns=_live_columns(drawn),

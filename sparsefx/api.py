@@ -15,7 +15,7 @@ from sparsefx.graph.rewrite import Distribution, rewrite_
 from sparsefx.graph.select import KeepDense, select
 from sparsefx.layers import SparseLayer, sparse_layers
 from sparsefx.scheduler import Scheduler
-from sparsefx.specialize import Specializer
+from sparsefx.specialize import GraphChoice, Specializer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,7 +73,7 @@ def sparsify(
     bound = Scheduler(config, layers, units, density, seed, specializer)
     bound.rebind(layers)
     extras = {"scheduler": bound, "dense": selection.dense}
-    program = install(model, is_leaf=is_leaf, mixins=(Checked,), extras=extras, choose=specializer.choose_graph)
+    program = install(model, is_leaf=is_leaf, mixins=(Checked,), extras=extras, choose=GraphChoice(specializer))
     ignore_masks(model)
     if example_inputs is not None:
         program.verify(model, *((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))

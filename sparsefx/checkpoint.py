@@ -10,6 +10,7 @@ from sparsefx.algorithms.place import magnitude_masks
 from sparsefx.errors import CheckpointError
 from sparsefx.layers import MASK, sparse_layers
 from sparsefx.scheduler import Scheduler
+from sparsefx.shards import whole
 
 
 class Checked(nn.Module):
@@ -71,11 +72,11 @@ def _check_masks(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             f"{absent[0]}: expected a mask for every sparse layer or none, got {len(keys)}; "
             "sparsify with the same keep_dense as when the checkpoint was saved"
         )
-    for key in keys:
+    for key in sorted(keys):
         if state_dict[key].dtype != torch.bool:
             raise CheckpointError(f"{key}: expected a bool mask, got {state_dict[key].dtype}; load the saved masks")
     total = sum(state_dict[key].numel() for key in keys)
-    count = sum(int(state_dict[key].sum()) for key in keys)
+    count = sum(int(whole(state_dict[key].sum())) for key in sorted(keys))
     scheduler = model.scheduler
     assert isinstance(scheduler, Scheduler)
     mine = scheduler.target  # masks of larger units fall short of it by less than one unit

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsefx.errors import LayerError
@@ -62,7 +63,7 @@ class SparseAllReduce:
         self.dense = 0
         self._known: dict[tuple[int, ...], tuple[list[Plan], Tensor]] = {}
 
-    def existing(self, bucket: dist.GradBucket) -> Tensor | None:
+    def existing(self, bucket: GradBucket) -> Tensor | None:
         """Places in the bucket's buffer that hold gradients of existing weights; None if all do."""
         parameters, buffer = bucket.parameters(), bucket.buffer()
         plans = [plan_of(self.layers[id(p)]) for p in parameters if id(p) in self.layers]
@@ -89,7 +90,7 @@ def _places(mask: Tensor, parameter: Tensor) -> Tensor:
     return (mask.nonzero() * strides).sum(1).sort().values
 
 
-def _reduce(state: SparseAllReduce, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _reduce(state: SparseAllReduce, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     buffer, places = bucket.buffer(), state.existing(bucket)
     values = buffer if places is None else buffer[places]
     state.sent += values.numel() * values.element_size()

@@ -18,6 +18,7 @@ from sparsefx.kernels import ops
 from sparsefx.kernels.masking import masked_
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.spec import ConvSpec
+from sparsefx.shards import is_sharded, part, part_like, shared_like, whole
 
 MASK = "weight_mask"
 
@@ -76,10 +77,12 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def zero_missing_(self) -> None:
         """Make the stored weight exactly zero where the mask is False."""
-        masked_(self.weight.detach(), self.weight_mask)
+        masked_(part(self.weight).detach(), part_like(self.weight_mask, self.weight))
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias in the type that autocast asks for."""
+        if not torch.compiler.is_compiling() and self.__dict__["_bound"]() is not self.weight:
+            self._bind()  # `fully_shard` puts another parameter in place for each forward
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
@@ -95,7 +98,15 @@ class SparseLayer(nn.Module):
         layer: weakref.ref[SparseLayer] = weakref.ref(self)
         self._runtime.current_grad = partial(_grad_of, layer)
         self._unhook()
-        if self.weight.requires_grad and self.weight.is_leaf and not self._full and owners(self._runtime)[0] is self:
+        self.__dict__["_bound"] = weakref.ref(self.weight)
+        sharded = is_sharded(self.weight)
+        if (
+            not sharded
+            and self.weight.requires_grad
+            and self.weight.is_leaf
+            and not self._full
+            and owners(self._runtime)[0] is self
+        ):
             self.__dict__["_hooks"] = (
                 self.weight.register_hook(partial(_reach, layer)),
                 self.weight.register_post_accumulate_grad_hook(partial(_commit, layer)),
@@ -108,6 +119,7 @@ class SparseLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_hooks", None)
+        state.pop("_bound", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -122,6 +134,11 @@ class SparseLayer(nn.Module):
         self._bind()
         return self
 
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_sharded(self.weight):
+            destination[prefix + MASK] = shared_like(self.weight_mask, self.weight)
+
     def _load_from_state_dict(
         self,
         state_dict: dict,
@@ -133,6 +150,8 @@ class SparseLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         mask = state_dict.get(prefix + MASK)
+        if mask is not None and is_sharded(mask):
+            mask = state_dict[prefix + MASK] = whole(mask)
         if mask is not None and (mask.shape != self.weight_mask.shape or mask.dtype != torch.bool):
             raise CheckpointError(
                 f"{prefix}{MASK}: expected a bool mask of shape {tuple(self.weight_mask.shape)}, got {mask.dtype} "
@@ -153,7 +172,13 @@ class SparseLayer(nn.Module):
 
 def _grad_of(layer: "weakref.ref[SparseLayer]") -> Tensor | None:
     found = layer()
-    return None if found is None else found.weight.grad
+    if found is None:
+        return None
+    grad = found.weight.grad
+    if grad is None and (stepped := found.runtime.__dict__.get("stepped")) is not None:
+        parameter = stepped()
+        grad = None if parameter is None or parameter.grad is None else part(parameter.grad)
+    return grad
 
 
 def _reach(layer: "weakref.ref[SparseLayer]", grad: Tensor) -> Tensor | None:
@@ -300,7 +325,7 @@ def convert_(layer: nn.Module, mask: Tensor, runtime: Runtime, *, full: bool = F
     Raises:
         LayerError: the layer has an attribute of its own that sparsefx needs.
     """
-    for name in (MASK, "_runtime", "_full", "_hooks"):
+    for name in (MASK, "_runtime", "_full", "_hooks", "_bound"):
         if name in layer.__dict__ or name in layer._buffers or name in layer._parameters:
             raise LayerError(f"{runtime.name}: expected no attribute {name!r}, got one; rename it")
     layer.__class__ = SPARSE[type(layer)]
@@ -315,7 +340,7 @@ def convert_(layer: nn.Module, mask: Tensor, runtime: Runtime, *, full: bool = F
 def revert_(layer: SparseLayer) -> nn.Module:
     """Turn a sparse layer back into torch's own class in place; the weight keeps its zeros."""
     layer._unhook()
-    for name in ("_runtime", "_full"):
+    for name in ("_runtime", "_full", "_bound"):
         del layer.__dict__[name]
     del layer._buffers[MASK]
     layer._non_persistent_buffers_set.discard(MASK)

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 
 from sparsefx.errors import SchedulerError
+from sparsefx.kernels import masking
+from sparsefx.shards import part, part_like, whole
 
 ADAMS = (Adam, AdamW, NAdam, RAdam)
 FORGOTTEN = 0.01
@@ -59,27 +61,33 @@ def first_moment(optimizer: Optimizer, weight: Tensor) -> Tensor | None:
     return state.get("exp_avg" if isinstance(optimizer, ADAMS) else "momentum_buffer")
 
 
-def fold_(moment: Tensor, group: dict, grad: Tensor, first: bool) -> None:
-    """Add to a first moment what a gradient contributes that the optimizer saw as zero.
+def fold_missing_(
+    moment: Tensor, group: dict, collected: Tensor, weight: Tensor, mask: Tensor, *, seen: float, first: bool
+) -> None:
+    """Add to a first moment, at missing weights, the gradient that the optimizer saw as zero, and zero these weights.
 
     The rule is linear, so this gives what the step would have, had the gradient been in `.grad`.
 
     Args:
         moment: The first moment after the step, changed in place.
         group: The weight's parameter group.
-        grad: The gradient that was left out.
+        collected: The dense gradient as collected.
+        weight: Changed in place.
+        mask: Bool, True where a weight exists.
+        seen: Factor from the gradient as collected to the one that the optimizer saw.
         first: Whether the step made the moment; SGD's first buffer is the gradient itself, undamped.
     """
     scale = 1 - group["betas"][0] if "betas" in group else (1.0 if first else 1 - group["dampening"])
-    moment.add_(grad, alpha=-scale if group.get("maximize") else scale)
+    alpha = -scale if group.get("maximize") else scale
+    masking.fold_missing_(moment, collected, weight, mask, seen=seen, alpha=alpha)
 
 
 def normalized(optimizer: Optimizer, group: dict, weight: Tensor) -> Tensor:
-    """The first moment in the scale of the optimizer's step, for comparing layers (contract 6)."""
+    """The first moment in the scale of the optimizer's step, for comparing layers (contract 6); whole."""
     state = optimizer.state[weight]
     if isinstance(optimizer, ADAMS):
-        return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"])
-    return state["momentum_buffer"]
+        return whole(state["exp_avg"]) / (whole(state["exp_avg_sq"]).sqrt() + group["eps"])
+    return whole(state["momentum_buffer"])
 
 
 @torch.no_grad()
@@ -93,7 +101,8 @@ def start_grown_(optimizer: Optimizer, weight: Tensor, kept: Tensor, grown: Tens
     state = optimizer.state.get(weight, {})
     for name in ("exp_avg_sq", "max_exp_avg_sq"):
         if name in state and kept.any():
-            state[name][grown] = state[name][kept].mean()
+            mean = whole(state[name])[kept].mean()
+            part(state[name])[part_like(grown, weight)] = mean
 
 
 def skipped(optimizer: Optimizer) -> bool:
@@ -109,8 +118,7 @@ def products(collected: Tensor, grad: Tensor) -> tuple[float, float]:
         collected: Dense gradient as it left backward.
         grad: `.grad` at the step, zero at missing weights.
     """
-    seen = grad.detach().reshape(-1).to(collected.dtype)
-    return float(torch.dot(collected.reshape(-1), seen)), float(torch.dot(seen, seen))
+    return masking.products(collected, grad.detach().to(collected.dtype))
 
 
 def scale_seen(products: Sequence[float], otherwise: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from sparsefx import moments
+from sparsefx import exchange, moments
 from sparsefx.algorithms import resolve
 from sparsefx.algorithms.sparse_momentum import SparseMomentum
 from sparsefx.config import Granularity
@@ -19,6 +19,7 @@ from sparsefx.errors import CheckpointError, SchedulerError, UpdateWarning
 from sparsefx.layers import SparseLayer
 from sparsefx.masks import Units, target_count
 from sparsefx.ranks import Ranks
+from sparsefx.shards import is_sharded
 from sparsefx.specialize import Specializer
 from sparsefx.update import LayerState, unusable, update_masks
 from sparsefx.window import Window
@@ -227,7 +228,7 @@ class Scheduler:
         spent = self.specializer.seconds
         rate = self.prune_rate
         window.reduce()
-        states = self._layer_states()
+        states = exchange.read(window, self.units, self._needs_moment)
         reason = unusable(states)
         changed: dict[str, tuple[int, int]] = {}
         if reason is not None:
@@ -239,7 +240,10 @@ class Scheduler:
             window.clear_missing()
         self._set_window()
         window.ranks.agree(
-            {name: [layer.weight_mask, layer.weight] for name, layer in self.layers.items()},
+            {
+                name: [layer.weight_mask, layer.weight_mask if is_sharded(layer.weight) else layer.weight]
+                for name, layer in self.layers.items()
+            },
             f"update at step {self.step}",
             "start from a checkpoint, and let nothing but the optimizer write weights",
         )
@@ -251,32 +255,17 @@ class Scheduler:
                 "seconds": time.perf_counter() - start,
                 "specialize_seconds": self.specializer.seconds - spent,
                 "skipped": reason,
-                "layers": {name: self._row(name, *changed.get(name, (0, 0))) for name in self.layers},
+                "layers": {
+                    name: exchange.row(self.specializer, layer, *changed.get(name, (0, 0)))
+                    for name, layer in self.layers.items()
+                },
             }
         )
 
-    def _layer_states(self) -> list[LayerState]:
-        """The layers that take part in an update: those whose weight has been stepped."""
-        states = []
-        for name, (optimizer, group) in self.window.places().items():
-            layer = self.layers[name]
-            moment = moments.first_moment(optimizer, layer.weight)
-            if moment is None and self._needs_moment:
-                continue
-            weight, mask = layer.weight.detach(), layer.weight_mask
-            contribution = 0.0
-            if moment is None:
-                moment = torch.zeros_like(weight)
-            else:
-                scaled = moments.normalized(optimizer, group, layer.weight)
-                contribution = float(scaled[mask].abs().double().mean())
-            states.append(LayerState(name, self.units[name], weight, mask, moment, contribution))
-        return states
-
     def _apply(self, states: list[LayerState], rate: float) -> dict[str, tuple[int, int]]:
         """Compute the new masks and put them in place; numbers of weights removed and grown by layer."""
-        part = {s.name for s in states}
-        fixed = sum(self.specializer.plan(layer).nnz for n, layer in self.layers.items() if n not in part)
+        names = {s.name for s in states}
+        fixed = sum(self.specializer.plan(layer).nnz for n, layer in self.layers.items() if n not in names)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         changes = update_masks(
             states,
@@ -287,28 +276,8 @@ class Scheduler:
             self._rules["grow"],
             generator,
         )
-        places = self.window.places()
-        for state, change in zip(states, changes, strict=True):
-            layer, optimizer = self.layers[state.name], places[state.name][0]
-            grown = change.mask & ~change.kept
-            with torch.no_grad():
-                layer.weight.masked_fill_(grown, 0)
-            moments.start_grown_(optimizer, layer.weight, change.kept, grown)
-            if not torch.equal(layer.weight_mask, change.mask):
-                layer.set_mask_(change.mask)
+        exchange.put_(self.window, states, changes)
         return {s.name: (c.removed, c.grown) for s, c in zip(states, changes, strict=True)}
-
-    def _row(self, name: str, removed: int, grown: int) -> dict[str, Any]:
-        plan = self.specializer.plan(self.layers[name])
-        return {
-            "nnz": plan.nnz,
-            "density": plan.nnz / plan.mask.numel(),
-            "removed": removed,
-            "grown": grown,
-            "empty_in": plan.empty_in,
-            "empty_out": plan.empty_out,
-            "backends": self.specializer.backends(self.layers[name]),
-        }
 
     def synchronize(self) -> None:
         """Give every rank the mean of what the ranks have collected so far; all of them call it.
@@ -326,14 +295,7 @@ class Scheduler:
         source = self._source and self._source()
         if source is None or self.attached:
             return
-        if self._count() > source._count():
-            for name, layer in self.layers.items():
-                layer.set_mask_(source.layers[name].weight_mask.to(layer.weight_mask.device))
-        for layer in self.layers.values():
-            layer.zero_missing_()
-
-    def _count(self) -> int:
-        return sum(int(layer.weight_mask.sum()) for layer in self.layers.values())
+        exchange.settle_(self.layers, source.layers)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs beside the model's and the optimizer's state; plain values only.
@@ -418,7 +380,7 @@ class Scheduler:
     def rebind(self, layers: dict[str, SparseLayer]) -> None:
         """Drive these layers: the ones of a copied or unpickled model."""
         self.layers = self.window.layers = layers
-        me = weakref.ref(self)
+        me: weakref.ref[Scheduler] = weakref.ref(self)
         self.specializer.settle = partial(_settle, me)
         for layer in layers.values():
             self.specializer.adopt(layer)

@@ -1,7 +1,5 @@
 """From masks to executable plans: candidates, measurement, choice, and re-planning as masks change (contracts 7, 9)."""
 
-import ctypes
-import math
 import platform
 import statistics
 import time
@@ -24,10 +22,9 @@ from sparsefx.kernels.runtime import Backend, Runtime, dense_for
 from sparsefx.kernels.sparse_cpu import SparseCpu
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
 from sparsefx.layers import SparseLayer, owners
+from sparsefx.plan import Key, Plan, buckets
 
 PASSES: tuple[str, ...] = ("fprop", "dgrad", "wgrad")
-_WORTH_TRYING = 0.9
-"""Compaction is a candidate below this share of live weights in the matrix; above it only adds copies."""
 _MARGIN = 0.97
 """Another backend must take at most this share of the dense time, so that noise does not decide."""
 _SPARSE_ENOUGH = 0.5
@@ -54,57 +51,6 @@ BACKENDS: dict[str, Callable[[Tensor, ConvSpec | None], Backend]] = {
     "sparse": lambda mask, spec: sparse_kernels(mask.device)(mask, spec),
 }
 
-Key = tuple
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-
-
-class Plan:
-    """What one layer runs with its present mask.
-
-    Attributes:
-        mask: A copy of the mask that the plan was built for.
-        backends: Those built so far, by name and geometry; "dense" needs none.
-        choices: Name of the backend by call: pass, shape, type and memory format.
-        nnz: Number of weights that exist.
-        live_in, live_out: Numbers of channels that have a weight; `empty_in`, `empty_out`: of those that have none.
-    """
-
-    def __init__(self, mask: Tensor, transposed: bool, groups: int) -> None:
-        self.mask = mask.clone()
-        self.stamp = _stamp(mask)
-        matrix = mask.transpose(0, 1) if transposed else mask
-        self.nnz = int(mask.sum())
-        self.live_out = int(matrix.flatten(1).any(1).sum())
-        self.live_in = int(matrix.transpose(0, 1).flatten(1).any(1).sum())
-        self.empty_out, self.empty_in = matrix.shape[0] - self.live_out, matrix.shape[1] - self.live_in
-        share = self.live_out * self.live_in / max(1, matrix.shape[0] * matrix.shape[1])
-        self.compacts = groups == 1 and share <= _WORTH_TRYING
-        self.backends: dict[tuple, Backend] = {}
-        self.choices: dict[Key, str] = {}
-
-    def keep(self, backends: dict[tuple, Backend]) -> None:
-        """Take over those of an earlier plan that change in place, as captured CUDA graphs hold their addresses."""
-        for key, backend in backends.items():
-            update = getattr(backend, "update_", None)
-            if update is not None:
-                update(self.mask)
-                self.backends[key] = backend
-
-    def stale(self, mask: Tensor, look: bool = True) -> bool:
-        """Whether `mask` differs from the plan's.
-
-        Args:
-            look: Compare the contents even where version and storage have not moved: a write through `.data` or a
-                broadcast moves neither.
-        """
-        if not look and _stamp(mask) == self.stamp:
-            return False
-        if self.mask.device == mask.device and _same(self.mask, mask):
-            self.stamp = _stamp(mask)
-            return False
-        return True
-
 
 class Specializer:
     """Plans and backend choices of one model.
@@ -114,12 +60,14 @@ class Specializer:
         rebuilds: How often each layer's plan was built.
         seconds: Time spent building plans and measuring.
         missing: Why the CPU kernels cannot be built; empty if they can.
+        generation: How often a table was loaded.
         identity: Of the model, for choices between its graphs that are kept on disk.
         settle: Called before a plan is built anew, to put the masks of an averaged copy right.
     """
 
     def __init__(self, identity: str = "") -> None:
         self.identity = identity
+        self.generation = 0
         self.table: dict[str, str] = {}
         self.rebuilds: dict[str, int] = {}
         self.seconds = 0.0
@@ -168,7 +116,7 @@ class Specializer:
             start = time.perf_counter()
             for key, spec in self._calls.get(layer.handle, {}).items():
                 if key not in plan.choices:
-                    plan.choices[key] = self._choose(plan, key, spec, layer.weight, None)
+                    plan.choices[key] = self._choose(plan, key, spec, plan.mask.float(), None)
             self.seconds += time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,6 +134,7 @@ class Specializer:
                 stacklevel=3,
             )
         self.table = dict(state["table"]) if same else {}
+        self.generation += 1
         self._plans.clear()
 
     def backend(
@@ -229,7 +178,7 @@ class Specializer:
     def _known(self, entry: str, names: Iterable[str], prefix: str = "") -> str | None:
         """The choice among `names` for an entry: this model's, else the one on disk."""
         found = self.table.get(entry)
-        if found not in names:
+        if found is None or found not in names:
             found = choices.known(prefix + entry)
         if found is None or found not in names:
             return None
@@ -296,7 +245,7 @@ class Specializer:
     ) -> str:
         """Name of the fastest candidate, from the table or by measuring them."""
         geometry = (tuple(plan.mask.shape), spec.key if spec else None)
-        entry = repr((*geometry, key, *_buckets(plan), torch.get_num_threads()))
+        entry = repr((*geometry, key, plan.mask.device.type, *buckets(plan), torch.get_num_threads()))
         known = self._known(entry, BACKENDS)
         if known is not None and (known != "sparse" or self._builds(plan, spec)):
             return known
@@ -319,7 +268,7 @@ class Specializer:
     ) -> str:
         weight = weight.to(x.dtype)
         if kind != "fprop" and grad is None:
-            grad = torch.randn_like(dense_for(spec).fprop(spec, x, weight, None))
+            grad = torch.ones_like(dense_for(spec).fprop(spec, x, weight, None))
 
         def run(backend: Backend) -> Callable[[], Tensor]:
             if kind == "fprop" or grad is None:
@@ -331,6 +280,20 @@ class Specializer:
         times = interleaved([run(self._backend(plan, name, spec)) for name in names], x.device)
         times[0] *= _MARGIN
         return names[times.index(min(times))]
+
+
+class GraphChoice:
+    """`Specializer.choose_graph` as a model keeps it, with the generation of the table."""
+
+    def __init__(self, specializer: Specializer) -> None:
+        self.specializer = specializer
+
+    @property
+    def generation(self) -> int:
+        return self.specializer.generation
+
+    def __call__(self, key: tuple, calls: list[Callable[[], Any]]) -> int:
+        return self.specializer.choose_graph(key, calls)
 
 
 class _Chooser:
@@ -385,30 +348,11 @@ def machine() -> str:
 
 
 def _sample(key: Key, weight: Tensor) -> tuple[Tensor, None]:
-    """An input like those of a call seen before."""
+    """An input like those of a call seen before; the global random state is not ours to move."""
     _, shape, dtype, layout = key
-    x = torch.randn(shape, device=weight.device).to(dtype)
+    x = torch.ones(shape, device=weight.device, dtype=dtype)
     return (x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x), None
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two bool tensors are equal; at every forward, so at the speed of memory."""
-    plain = type(one) is type(other) is Tensor and one.shape == other.shape and one.is_cpu and other.is_cpu
-    if plain and one.is_contiguous() and other.is_contiguous():
-        return not _memcmp(one.data_ptr(), other.data_ptr(), one.numel())
-    return torch.equal(one, other)
-
-
-def _stamp(mask: Tensor) -> tuple[int, int]:
-    return mask.data_ptr(), 0 if mask.is_inference() else mask._version
 
 
 def _format(x: Tensor) -> str:
     return "channels_last" if is_channels_last(x) else "contiguous"
-
-
-def _buckets(plan: Plan) -> tuple[int, int, int]:
-    """What a choice depends on of a mask: live channels in sixteenths, density in half powers of two."""
-    widest = max(plan.mask.shape[0], plan.mask.shape[1])
-    density = max(plan.nnz, 1) / plan.mask.numel()
-    return -(-plan.live_in * 16 // widest), -(-plan.live_out * 16 // widest), round(2 * math.log2(density))

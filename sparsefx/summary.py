@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefx import blocked
 from sparsefx.errors import LayerError
+from sparsefx.graph.install import Program
 from sparsefx.layers import SparseLayer
 from sparsefx.scheduler import Scheduler
 
@@ -50,10 +52,12 @@ class Summary:
     Attributes:
         rows: One a layer or untraced module.
         note: Why a backend is missing; empty if none is.
+        regions: What the latest graph keeps in blocks of images; empty if nothing.
     """
 
     rows: Sequence[Row]
     note: str = ""
+    regions: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The rows and totals as plain values."""
@@ -65,6 +69,7 @@ class Summary:
             "nnz": nnz,
             "total": total,
             "density": nnz / total if total else None,
+            "regions": self.regions,
         }
 
     def __str__(self) -> str:
@@ -88,6 +93,8 @@ class Summary:
             f"{totals['nnz']:,} of {totals['total']:,} weights exist in {totals['layers']} sparse layers "
             f"(density {totals['density']:.4g})"
         )
+        if self.regions:
+            lines.append(self.regions)
         if self.note:
             lines.append(f"no CPU kernels: {self.note}")
         return "\n".join(lines)
@@ -120,7 +127,17 @@ def summary(model: nn.Module) -> Summary:
             rows.append(Row(name, type(module).__name__, shape, "dense", reason=dense[name]))
         if name in program.untraced:
             rows.append(Row(name, type(module).__name__, None, "own forward", reason=program.untraced[name]))
-    return Summary(rows, scheduler.specializer.missing)
+    return Summary(rows, scheduler.specializer.missing, _regions(program))
+
+
+def _regions(program: Program) -> str:
+    """How much of the graph that ran last stays in blocks, and how often it converts."""
+    graph = program.latest
+    targets = [] if graph is None else [node.target for node in graph.nodes]
+    convolutions, conversions = targets.count(blocked.conv), targets.count(blocked.enter) + targets.count(blocked.leave)
+    if not convolutions:
+        return ""
+    return f"{convolutions} convolutions run in regions of blocked activations, with {conversions} conversions in all"
 
 
 def tile_column_density(mask: Tensor, transposed: bool = False, rows: int = TILE_ROWS) -> float:

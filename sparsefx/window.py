@@ -1,13 +1,17 @@
 """The window: the steps before an update in which the gradient of missing weights is collected (contract 6)."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsefx import moments
+from sparsefx.kernels.masking import masked_
 from sparsefx.layers import SparseLayer
 from sparsefx.ranks import Ranks
+from sparsefx.shards import is_sharded, mean_part_like, part, part_like
 
 
 class Window:
@@ -57,6 +61,8 @@ class Window:
         places = self.places() if is_open else {}
         for name, layer in self.layers.items():
             layer.runtime.collecting = name in places
+            if is_sharded(layer.weight):
+                layer.runtime.__dict__["stepped"] = weakref.ref(layer.weight)
             if name not in places:
                 layer.runtime.collected = None
 
@@ -79,7 +85,7 @@ class Window:
             layer = self.layers[name]
             moment = moments.first_moment(optimizer, layer.weight)
             if moment is not None:
-                moment.masked_fill_(~layer.weight_mask, 0)
+                masked_(part(moment), part_like(layer.weight_mask, layer.weight))
                 layer.zero_missing_()
         self.partial = False
 
@@ -89,37 +95,53 @@ class Window:
         if self.stale:
             self.clear_missing()
             self.stale = False
-        self._fold(mine, optimizer)
+        zeroed = self._fold(mine, optimizer)
         known = moments.leaves_zeros(optimizer)
         for name in mine if known else (n for n, (one, _) in self.places().items() if one is optimizer):
-            self.layers[name].zero_missing_()
+            if name not in zeroed:
+                self.layers[name].zero_missing_()
         if self._fresh:
             self.note_fresh()
 
     @torch.no_grad()
-    def _fold(self, mine: Mapping[str, dict], optimizer: Optimizer) -> None:
-        """Complete the first moments at missing weights with the gradients collected for them.
+    def _fold(self, mine: Mapping[str, dict], optimizer: Optimizer) -> set[str]:
+        """Complete the first moments at missing weights with the gradients collected for them, and zero these weights.
 
         Across ranks each folds its own gradient: the rule is linear, so the mean that `reduce` takes before an update
         is what folding the mean of every step would have given. Only the scale is agreed on at each step.
 
         Args:
             mine: Parameter group by name of the optimizer's sparse weights.
+        Returns:
+            Names of the layers that had one.
         """
         ready, products = {}, {}
         for name, group in mine.items():
-            layer = self.layers[name]
-            grad, collected = layer.weight.grad, layer.runtime.collected
-            moment = moments.first_moment(optimizer, layer.weight)
+            weight = self.layers[name].weight
+            grad, collected = weight.grad, self._collected(self.layers[name])
+            moment = moments.first_moment(optimizer, weight)
             if grad is not None and collected is not None and moment is not None:
-                ready[name] = (group, layer, collected, moment)
-                products[name] = moments.products(collected, grad)
+                ready[name] = (group, collected, part(moment))
+                products[name] = moments.products(collected, part(grad))
         products = self.ranks.mean_products(products, list(mine))
         whole = moments.scale_seen([sum(column) for column in zip(*products.values(), strict=True)], 1.0)
-        for name, (group, layer, collected, moment) in ready.items():
-            missing = collected.masked_fill(layer.weight_mask, 0).mul_(moments.scale_seen(products[name], whole))
-            moments.fold_(moment, group, missing.to(moment.dtype), first=name in self._fresh)
-        self.partial = self.partial or (bool(mine) and self.ranks.several)
+        for name, (group, collected, moment) in ready.items():
+            weight = self.layers[name].weight
+            mask, seen = part_like(self.layers[name].weight_mask, weight), moments.scale_seen(products[name], whole)
+            moments.fold_missing_(moment, group, collected, part(weight), mask, seen=seen, first=name in self._fresh)
+        replicated = any(not is_sharded(self.layers[name].weight) for name in mine)
+        self.partial = self.partial or (replicated and self.ranks.several)
+        return set(ready)
+
+    def _collected(self, layer: SparseLayer) -> Tensor | None:
+        """What has been collected for a layer; of a sharded one, this rank's part of the mean over the ranks."""
+        collected = layer.runtime.collected
+        if not is_sharded(layer.weight):
+            return collected
+        if collected is None:
+            dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+            collected = torch.zeros(layer.weight.shape, dtype=dtype, device=layer.weight_mask.device)
+        return mean_part_like(collected, layer.weight)
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -129,7 +151,7 @@ class Window:
         for name, (optimizer, _) in self.places().items():
             layer = self.layers[name]
             moment = moments.first_moment(optimizer, layer.weight)
-            if moment is not None:
+            if moment is not None and not is_sharded(moment):
                 mean = self.ranks.mean(moment.masked_fill(layer.weight_mask, 0))
                 torch.where(layer.weight_mask, moment, mean, out=moment)
         self.partial = False

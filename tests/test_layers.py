@@ -173,5 +173,5 @@ def test_operators_pass_opcheck():
         else:
             transposed = case == "transpose2d"
             extra = [1, 1] if transposed else [0, 0]
-            geometry = (list(sparse.stride), list(sparse.padding), list(sparse.dilation), transposed, extra, 1)
+            geometry = (list(sparse.stride), list(sparse.padding), list(sparse.dilation), transposed, extra, 1, 0)
             torch.library.opcheck(torch.ops.sparsefx.conv.default, (*args, *geometry))

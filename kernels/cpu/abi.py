@@ -2,10 +2,12 @@
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 
+from . import buffers
 from .build import default_isa, library
 
 _P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -36,7 +38,6 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK = 16
-_HUGE = 4 << 20
 
 
 @functools.cache
@@ -68,11 +69,11 @@ def check(lib: ctypes.CDLL, status: int) -> None:
 
 
 def empty(lib: ctypes.CDLL, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialized tensor; a large one asks for huge pages, which are far cheaper to fault in anew each step."""
-    tensor = torch.empty(shape, dtype=dtype)
-    if tensor.nbytes >= _HUGE:
-        lib.sfx_advise(tensor.data_ptr(), tensor.nbytes)
-    return tensor
+    """An uninitialized tensor; a large one lies in memory that an earlier step has used and freed."""
+    count = math.prod(shape)
+    if count * dtype.itemsize < buffers.SMALLEST:
+        return torch.empty(shape, dtype=dtype)
+    return buffers.take(count * dtype.itemsize, lib.sfx_advise).view(dtype).view(shape)
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

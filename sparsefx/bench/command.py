@@ -71,11 +71,10 @@ def run(args: argparse.Namespace, reexecute: bool) -> None:
     if args.row:
         _one(args)
         return
-    results: dict[str, Any] = {"machine": machine() | {"threads": args.threads}}
+    results: dict[str, Any] = {"machine": machine() | {"threads": args.threads}, "rows": []}
     if args.layers or not args.models:
         results["layers"] = [asdict(row) for row in _layers(args)]
         _keep(args, results)
-    results["rows"] = []
     for job in jobs(args):
         print(f"{job['model']}: batch {job['batch']}, density {job['density']:g}, {job['threads']} threads", flush=True)
         row = _in_process(args, job)
@@ -91,7 +90,7 @@ def _layers(args: argparse.Namespace) -> list[PassResult]:
     if args.trained:
         layers, masks = trained_layers(args.trained)
     elif args.clustered:
-        masks = clustered(args.clustered)
+        masks = clustered(args.clustered, layers)
     return bench_layers(layers, masks, threads=args.threads[-1], rounds=args.rounds)
 
 

@@ -40,7 +40,7 @@ def sparse_bytes(trainer: Trainer) -> dict[str, Any]:
     `masks` are the model's and the plans' copies, `collected` the gradients of missing weights kept in the window,
     `lists` what the kernels walk (None where the C library cannot say how much it holds).
     """
-    scheduler: Scheduler = trainer.model.scheduler  # pyright: ignore[reportAssignmentType]
+    scheduler = trainer.scheduler
     layers = list(scheduler.layers.values())
     masks = sum(layer.weight_mask.nbytes + scheduler.specializer.plan(layer).mask.nbytes for layer in layers)
     collected = sum(layer.weight.numel() * 4 for layer in layers if layer.runtime.collecting)
@@ -57,14 +57,10 @@ def _list_bytes(scheduler: Scheduler, layer: SparseLayer) -> int | None:
     kept = []
     for kind, shape, spec in scheduler.specializer.calls(layer, "sparse"):
         backend = SparseCpu(layer.weight_mask, spec)
-        plan, where = (
-            (backend.linear, (1, 1, shape[:-1].numel()))
-            if spec is None
-            else (
-                backend.conv,
-                (shape[2], shape[3], shape[0]),
-            )
-        )
+        if spec is None:
+            plan, where = backend.linear, (1, 1, shape[:-1].numel())
+        else:
+            plan, where = backend.conv, (shape[2], shape[3], spec.images or shape[0])
         plan.tiling(kind, *where)
         kept.append(backend)
     after = heap_in_use()

@@ -162,12 +162,12 @@ def _whole(rounds: int, every: int) -> int:
 
 
 def _density(trainer: Trainer) -> float:
-    layers = trainer.model.scheduler.layers.values()  # pyright: ignore[reportAttributeAccessIssue]
+    layers = trainer.scheduler.layers.values()
     return sum(int(layer.weight_mask.sum()) for layer in layers) / sum(layer.weight_mask.numel() for layer in layers)
 
 
 def _backends(trainer: Trainer) -> dict[str, dict[str, str]]:
-    scheduler: Any = trainer.model.scheduler
+    scheduler = trainer.scheduler
     return {name: scheduler.specializer.backends(layer) for name, layer in scheduler.layers.items()}
 
 

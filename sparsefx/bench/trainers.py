@@ -14,6 +14,7 @@ from sparsefx.api import sparsify
 from sparsefx.bench.settings import INTERVAL, Setting
 from sparsefx.errors import CheckpointError
 from sparsefx.layers import MASK
+from sparsefx.scheduler import Scheduler
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DENSE = ("nchw", "nhwc", "nchw compiled", "nhwc compiled")
@@ -47,7 +48,7 @@ class Trainer:
     def __init__(self, model: nn.Module, data: tuple[Tensor, Tensor], *, run: Any = None, half: bool = False) -> None:
         self.model, self.half = model, half
         self.images, self.labels = data
-        self.run = run or model
+        self.run = model if run is None else run
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
         )
@@ -67,8 +68,14 @@ class Trainer:
     @property
     def history(self) -> list[dict[str, Any]]:
         """The updates so far; none for a dense network."""
-        scheduler = getattr(self.model, "scheduler", None)
-        return scheduler.history if scheduler is not None else []
+        return self.scheduler.history if isinstance(getattr(self.model, "scheduler", None), Scheduler) else []
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """That of a sparse network."""
+        scheduler = self.model.scheduler
+        assert isinstance(scheduler, Scheduler)
+        return scheduler
 
 
 def dense(setting: Setting, batch: int, variant: str) -> Trainer:
@@ -119,7 +126,7 @@ def sparse(setting: Setting, batch: int, density: float, masks: Masks, window: i
     images, labels = setting.data(batch)
     trainer = Trainer(sparse_model(setting, density, masks, images, window), (images, labels))
     interval = window or INTERVAL
-    trainer.model.scheduler.attach(trainer.optimizer, steps_per_update=interval, total_steps=1000 * interval)
+    trainer.scheduler.attach(trainer.optimizer, steps_per_update=interval, total_steps=1000 * interval)
     return trainer
 
 

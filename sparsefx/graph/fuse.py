@@ -26,7 +26,8 @@ def _fuse(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     added = _only_user(node)
     if added is not None and added.target in _ADDS and len(added.args) == 2:
         others = [a for a in added.args if a is not node]
-        if len(others) == 1 and isinstance(others[0], fx.Node):
+        # Dynamo takes no operator that reads one tensor twice: a norm's input is not its residual.
+        if len(others) == 1 and isinstance(others[0], fx.Node) and others[0] not in node.args:
             last, residual = added, others[0]
     relu = _only_user(last)
     clamps = relu is not None and _is_relu(model, relu)

@@ -1,5 +1,6 @@
 """Run a graph in regions where that is faster: build the regions, check them against the graph, and choose by time."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,12 +10,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
+from sparsefx.errors import TraceWarning
 from sparsefx.graph.fuse import fuse
 from sparsefx.graph.layout import DTYPES, assign, record
 from sparsefx.graph.snapshot import RandomState, State
 
 Choose = Callable[[tuple, list[Callable[[], Any]]], int]
-"""`(key, calls) -> index` of the call to prefer, by measurement or from a table."""
+"""`(key, calls) -> index` of the call to prefer, by measurement or from a table; asked again when its attribute
+`generation` changes, as after a table was loaded."""
 _TOLERANCE = 1e-2
 """Relative norm of the difference between both graphs' outputs: kernels round differently, and a wrong graph is far."""
 
@@ -50,6 +53,7 @@ class Chooser:
         self.problem = ""
         self._built: dict[tuple, Fast] = {}
         self._choices: dict[tuple, Fast | None] = {}
+        self._generation = 0
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """Run what was chosen for such a call, choosing first if need be."""
@@ -57,6 +61,9 @@ class Chooser:
             fast = self.compiled
         else:
             key = call_key(inputs)
+            if self._generation != getattr(self.choose, "generation", 0):
+                self._generation = getattr(self.choose, "generation", 0)
+                self._choices.clear()
             if key not in self._choices:
                 if observed(self.model):
                     return self.plain(self.model, *inputs)
@@ -91,6 +98,12 @@ class Chooser:
         expected, got = (restored(partial(detached, call, self.model, inputs)) for call in functions)
         if not alike(expected, got):
             self.problem = "has regions whose results differ from those of its graph"
+            warnings.warn(
+                f"{type(self.model).__name__}: expected regions of blocked activations to give the graph's results, "
+                "got others; it runs without them. Please report the model",
+                TraceWarning,
+                stacklevel=2,
+            )
             return None
         steps = [partial(step, call, self.model, inputs) for call in functions]
         chosen = restored(partial(self.choose, ("regions", self.model.training, *key), steps))[0]

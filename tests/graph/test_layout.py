@@ -9,6 +9,7 @@ from torch import nn
 
 import sparsefx
 from sparsefx import blocked
+from sparsefx.errors import TraceWarning
 from sparsefx.layers import sparse_layers
 from tests.graph.region_nets import NETS, Net, Residual, conversions, in_regions, pair, relative
 
@@ -226,3 +227,42 @@ def test_choices_by_shape_and_gradients():
         model(image(7))
     assert len(asked) == 2
     assert asked[0] != asked[1]
+
+
+def test_summary_tells_of_regions():
+    model, _ = pair(NETS["resnet"](), image())
+    model(image())
+    assert "7 convolutions run in regions of blocked activations, with 2 conversions in all" in str(
+        sparsefx.summary(model)
+    )
+
+
+def test_regions_with_other_results_are_not_run(monkeypatch):
+    monkeypatch.setattr(blocked, "mean", lambda x: x.mean((2, 3), keepdim=True) * 1.5)
+    with pytest.warns(TraceWarning, match="regions of blocked activations"):
+        model, twin = pair(NETS["wrn"]().eval(), image())
+    assert conversions(model) == (0, 0)
+    x = image()
+    assert relative(model(x), twin(x.double())) < 1e-5
+
+
+def test_the_first_call_runs_what_later_calls_run():
+    x = image()
+    model = sparsefx.sparsify(NETS["vgg"](), 0.4)
+    first, second = model(x), model(x)
+    assert conversions(model)[0] == 1
+    assert torch.equal(first, second)
+
+
+def test_a_loaded_table_decides_again():
+    x = image()
+    model, _ = pair(NETS["vgg"](), x)
+    with torch.no_grad():
+        inside = model(x)
+    model._sparsefx.current(model).chooser.choose.specializer.choose_graph = lambda key, calls: 0
+    state = model.scheduler.specializer.state_dict()
+    with torch.no_grad():
+        assert torch.equal(model(x), inside)
+        model.scheduler.specializer.load_state_dict(state)
+        model(x)
+    assert conversions(model) == (0, 0)

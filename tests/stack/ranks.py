@@ -1,5 +1,6 @@
 """Run a function on several ranks: processes with a gloo group, forked from a server that has imported torch."""
 
+import functools
 import multiprocessing
 import tempfile
 import time
@@ -43,8 +44,17 @@ def run(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
     return [outcome.value for outcome in outcomes]
 
 
+@functools.cache
+def _warm() -> None:
+    """Let the server import torch before any clock runs."""
+    process = _CONTEXT.Process(target=time.monotonic)
+    process.start()
+    process.join()
+
+
 def start(function: Callable[..., Any], *args: Any) -> Any:
     """A process that runs a function, without a group."""
+    _warm()
     process = _CONTEXT.Process(target=function, args=args)
     process.start()
     return process
@@ -52,6 +62,7 @@ def start(function: Callable[..., Any], *args: Any) -> Any:
 
 def launch(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Outcome]:
     """What becomes of each rank; one that is not done after `LIMIT` seconds is killed."""
+    _warm()
     with tempfile.TemporaryDirectory() as folder:
         begun = time.monotonic()
         processes = [start(_rank, function, rank, ranks, folder, args) for rank in range(ranks)]

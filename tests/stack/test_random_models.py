@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam
 import sparsefx
 from sparsefx.errors import DensityError
 from sparsefx.layers import SparseLayer
-from tests.test_contract4 import assert_exact, assert_whole_units
+from tests.contract4 import assert_exact, assert_whole_units
 from tests.test_update_oracle import Bank
 
 OPTIMIZERS = [

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 import sparsefx
@@ -38,7 +39,7 @@ def save_all(how: str, folder: Path, model: nn.Module, optimizer: Optimizer) -> 
         torch.save((model.state_dict(), optimizer.state_dict(), scheduler), folder / "all.pt")
     elif how == "dcp":
         of_model, of_optimizer = get_state_dict(model, optimizer)
-        dcp.save({"model": of_model, "optimizer": of_optimizer, "scheduler": scheduler}, checkpoint_id=folder / "dcp")
+        save({"model": of_model, "optimizer": of_optimizer, "scheduler": scheduler}, checkpoint_id=folder / "dcp")
     else:
         save_file(model.state_dict(), folder / "model.safetensors", {"scheduler": json.dumps(scheduler)})
         moments = {n: first_moment(optimizer, p).contiguous() for n, p in model.named_parameters()}
@@ -53,7 +54,7 @@ def load_all(how: str, folder: Path, model: nn.Module, optimizer: Optimizer) -> 
     elif how == "dcp":
         of_model, of_optimizer = get_state_dict(model, optimizer)
         state = {"model": of_model, "optimizer": of_optimizer, "scheduler": model.scheduler.state_dict()}
-        dcp.load(state, checkpoint_id=folder / "dcp")
+        load(state, checkpoint_id=folder / "dcp")
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         scheduler = state["scheduler"]
     else:

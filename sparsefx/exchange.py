@@ -1,0 +1,70 @@
+"""Between the layers and an update: what it reads of them, its changes put in place, and the row of history."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sparsefx import moments
+from sparsefx.layers import SparseLayer
+from sparsefx.masks import Units
+from sparsefx.shards import part, part_like, whole
+from sparsefx.specialize import Specializer
+from sparsefx.update import LayerChange, LayerState
+from sparsefx.window import Window
+
+
+def read(window: Window, units: Mapping[str, Units], needs_moment: bool) -> list[LayerState]:
+    """The layers that take part in an update: those whose weight has been stepped. Sharded weights are gathered."""
+    states = []
+    for name, (optimizer, group) in window.places().items():
+        layer = window.layers[name]
+        moment = moments.first_moment(optimizer, layer.weight)
+        if moment is None and needs_moment:
+            continue
+        weight, mask = whole(layer.weight.detach()), layer.weight_mask
+        contribution = 0.0
+        if moment is None:
+            moment = torch.zeros_like(weight)
+        else:
+            moment = whole(moment)
+            scaled = moments.normalized(optimizer, group, layer.weight)
+            contribution = float(scaled[mask].abs().double().mean())
+        states.append(LayerState(name, units[name], weight, mask, moment, contribution))
+    return states
+
+
+@torch.no_grad()
+def put_(window: Window, states: Sequence[LayerState], changes: Sequence[LayerChange]) -> None:
+    """Give each layer its new mask, and its grown weights their start."""
+    places = window.places()
+    for state, change in zip(states, changes, strict=True):
+        layer, optimizer = window.layers[state.name], places[state.name][0]
+        grown = change.mask & ~change.kept
+        part(layer.weight).masked_fill_(part_like(grown, layer.weight), 0)
+        moments.start_grown_(optimizer, layer.weight, change.kept, grown)
+        if not torch.equal(layer.weight_mask, change.mask):
+            layer.set_mask_(change.mask)
+
+
+def row(specializer: Specializer, layer: SparseLayer, removed: int, grown: int) -> dict[str, Any]:
+    """What `Scheduler.history` says of a layer."""
+    plan = specializer.plan(layer)
+    return {
+        "nnz": plan.nnz,
+        "density": plan.nnz / plan.mask.numel(),
+        "removed": removed,
+        "grown": grown,
+        "empty_in": plan.empty_in,
+        "empty_out": plan.empty_out,
+        "backends": specializer.backends(layer),
+    }
+
+
+def settle_(layers: Mapping[str, SparseLayer], source: Mapping[str, SparseLayer]) -> None:
+    """Put averaged layers right: where they have more weights than their source, they get its masks."""
+    counts = [sum(int(layer.weight_mask.sum()) for layer in each.values()) for each in (layers, source)]
+    for name, layer in layers.items():
+        if counts[0] > counts[1]:
+            layer.set_mask_(source[name].weight_mask.to(layer.weight_mask.device))
+        layer.zero_missing_()

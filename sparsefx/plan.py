@@ -1,0 +1,81 @@
+"""What one layer runs with one mask, and whether a mask is still that one."""
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from sparsefx.kernels.runtime import Backend
+
+_WORTH_TRYING = 0.9
+"""Compaction is a candidate below this share of live weights in the matrix; above it only adds copies."""
+Key = tuple
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+class Plan:
+    """What one layer runs with its present mask.
+
+    Attributes:
+        mask: A copy of the mask that the plan was built for.
+        backends: Those built so far, by name and geometry; "dense" needs none.
+        choices: Name of the backend by call: pass, shape, type and memory format.
+        nnz: Number of weights that exist.
+        live_in, live_out: Numbers of channels that have a weight; `empty_in`, `empty_out`: of those that have none.
+    """
+
+    def __init__(self, mask: Tensor, transposed: bool, groups: int) -> None:
+        self.mask = mask.clone()
+        self.stamp = _stamp(mask)
+        matrix = mask.transpose(0, 1) if transposed else mask
+        self.nnz = int(mask.sum())
+        self.live_out = int(matrix.flatten(1).any(1).sum())
+        self.live_in = int(matrix.transpose(0, 1).flatten(1).any(1).sum())
+        self.empty_out, self.empty_in = matrix.shape[0] - self.live_out, matrix.shape[1] - self.live_in
+        share = self.live_out * self.live_in / max(1, matrix.shape[0] * matrix.shape[1])
+        self.compacts = groups == 1 and share <= _WORTH_TRYING
+        self.backends: dict[tuple, Backend] = {}
+        self.choices: dict[Key, str] = {}
+
+    def keep(self, backends: dict[tuple, Backend]) -> None:
+        """Take over those of an earlier plan that change in place, as captured CUDA graphs hold their addresses."""
+        for key, backend in backends.items():
+            update = getattr(backend, "update_", None)
+            if update is not None:
+                update(self.mask)
+                self.backends[key] = backend
+
+    def stale(self, mask: Tensor, look: bool = True) -> bool:
+        """Whether `mask` differs from the plan's.
+
+        Args:
+            look: Compare the contents even where version and storage have not moved: a write through `.data` or a
+                broadcast moves neither.
+        """
+        if not look and _stamp(mask) == self.stamp:
+            return False
+        if self.mask.device == mask.device and _same(self.mask, mask):
+            self.stamp = _stamp(mask)
+            return False
+        return True
+
+
+def buckets(plan: Plan) -> tuple[int, int, int]:
+    """What a choice depends on of a mask: live channels in sixteenths, density in half powers of two."""
+    widest = max(plan.mask.shape[0], plan.mask.shape[1])
+    density = max(plan.nnz, 1) / plan.mask.numel()
+    return -(-plan.live_in * 16 // widest), -(-plan.live_out * 16 // widest), round(2 * math.log2(density))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two bool tensors are equal; at every forward, so at the speed of memory."""
+    plain = type(one) is type(other) is Tensor and one.shape == other.shape and one.is_cpu and other.is_cpu
+    if plain and one.is_contiguous() and other.is_contiguous():
+        return not _memcmp(one.data_ptr(), other.data_ptr(), one.numel())
+    return torch.equal(one, other)
+
+
+def _stamp(mask: Tensor) -> tuple[int, int]:
+    return mask.data_ptr(), 0 if mask.is_inference() else mask._version
