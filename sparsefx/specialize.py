@@ -219,8 +219,8 @@ class Specializer:
         if plan.compacts:
             names.append("compaction")
         kernels = sparse_kernels(x.device)
-        sparse = kernels is not None and plan.nnz <= _SPARSE_ENOUGH * plan.mask.numel()
-        if sparse and kernels.supports(spec, x, plan.mask) and self._builds(plan, spec):
+        few = plan.nnz <= _SPARSE_ENOUGH * plan.mask.numel()
+        if few and kernels is not None and kernels.supports(spec, x, plan.mask) and self._builds(plan, spec):
             names.append("sparse")
         return names
 

@@ -1,6 +1,7 @@
 """Which configuration a layer's pass runs: rows of a tile by the model, the rest from the table or the defaults."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def precision_of(dtype: torch.dtype, linear: bool) -> str:
     """How fp32 products are computed, "ieee" or "tf32", as torch's own switches say; "ieee" for half types."""
     if dtype != torch.float32:
         return "ieee"
-    allowed = torch.backends.cuda.matmul if linear else torch.backends.cudnn.conv
+    allowed: Any = torch.backends.cuda.matmul if linear else torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
     return "tf32" if allowed.fp32_precision == "tf32" else "ieee"
 
 

@@ -49,13 +49,11 @@ def default(kind: str, dtype: torch.dtype, rows: int) -> Config:
         rows: Rows of a tile, 8 to 128.
     """
     wide = dtype == torch.float32
+    warps = 8 if rows == 128 and (wide or kind != "wgrad") else 4
     if kind == "wgrad":
-        if rows < 64:
-            return Config(rows, 64, 32 if wide else 64, False, 4, 3)
-        return Config(rows, 64, 32 if wide else 64, True, 4, 3)
-    if rows < 64:
-        return Config(rows, 32 if wide else 64, 128, False, 4, 3)
-    return Config(rows, 32 if wide else 64, 128, True, 8 if rows == 128 else 4, 3)
+        return Config(rows, 64, 32 if wide else 64, rows >= 64, warps, 3)
+    # Wider blocks of fp32 positions spill registers.
+    return Config(rows, 32 if wide else 64, 64 if wide and rows >= 32 else 128, rows >= 64, warps, 3)
 
 
 def bucket(density: float) -> int:

@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false
 """The gather kernel: forward pass and input gradient, as a matrix product over the live columns of each tile of rows.
 
 Shapes: R rows in tiles of BLOCK_ROWS, K live columns in blocks of BLOCK_COLUMNS, P positions `(h, w, n)`.

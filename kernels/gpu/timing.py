@@ -62,7 +62,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
 @contextmanager
 def fp32_precision(value: str) -> Iterator[None]:
     """Set how torch computes fp32 products, "ieee" or "tf32"."""
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    switches: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # pyright: ignore[reportAttributeAccessIssue]
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:

@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false
 """The weight gradient over live columns, or over all of them for the window, and its reduction to the weight's shape.
 
 Work is cut into blocks of BLOCK_ROWS x BLOCK_COLUMNS weights and splits of the positions. A fixed number of programs

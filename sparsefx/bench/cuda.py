@@ -121,11 +121,13 @@ def _step(
     images, labels = (t.to(device) for t in setting.data(NETWORKS[name]))
     images = images.contiguous(memory_format=layout)
     model = setting.make().to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    scheduler: Any = None
     if density is not None:
         model = sparsify(model, density, granularity=granularity, example_inputs=images)
+        scheduler = model.scheduler
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
-    if density is not None:
-        model.scheduler.attach(optimizer, steps_per_update=INTERVAL, total_steps=1000 * INTERVAL)
+    if scheduler is not None:
+        scheduler.attach(optimizer, steps_per_update=INTERVAL, total_steps=1000 * INTERVAL)
         _measure_choices(model, images, labels, precision, device)
     return step_of(model, torch.compile(model) if compiled else model, optimizer, images, labels, precision, device)
 
