@@ -16,6 +16,7 @@ from sparsefx.api import sparsify
 from sparsefx.bench.settings import INTERVAL, SETTINGS
 from sparsefx.bench.trainers import load
 from sparsefx.errors import SparsefxError
+from sparsefx.kernels.blocked import Converted
 from sparsefx.layers import MASK, sparse_layers
 
 NETWORKS = {"vgg16-d": 128, "wrn-16-10": 128, "wrn-28-2": 128, "resnet50": 64}
@@ -36,8 +37,7 @@ def run(args: argparse.Namespace) -> None:
             "bench: expected a CUDA device, got none; run it where there is one, or add --interpret to check the same "
             "kernels on toy sizes in Triton's interpreter"
         )
-    from sparsefx.kernels.blocked import Converted
-from sparsefx.kernels.gpu.bench import bench
+    from sparsefx.kernels.gpu.bench import bench
     from sparsefx.kernels.gpu.cases import MASKS
 
     start = time.perf_counter()
