@@ -25,7 +25,7 @@ pytestmark = [
 class Classifier(LightningModule):
     def __init__(self, sparse: bool = True) -> None:
         super().__init__()
-        self.body = sparsefx.sparsify(net(), 0.2) if sparse else net()
+        self.body = sparsefx.sparsify(net(), 0.5) if sparse else net()
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         """The data follow the step: Lightning starts a loader anew when it resumes inside an epoch."""
@@ -45,7 +45,7 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert_zero_missing(pl_module.body)
         masks = sparsefx.masks(pl_module.body).values()
-        assert sum(int(m.sum()) for m in masks) == round(0.2 * sum(m.numel() for m in masks))
+        assert sum(int(m.sum()) for m in masks) == round(0.5 * sum(m.numel() for m in masks))
         self.logged.append({k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("sparsefx")})
 
 

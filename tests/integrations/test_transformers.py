@@ -34,7 +34,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert_zero_missing(kwargs["model"])
         masks = sparsefx.masks(kwargs["model"]).values()
-        assert sum(int(m.sum()) for m in masks) == round(0.3 * sum(m.numel() for m in masks))
+        assert sum(int(m.sum()) for m in masks) == round(0.5 * sum(m.numel() for m in masks))
 
 
 def train(folder: Path, resume: Path | None = None, **arguments: Any) -> Trainer:
@@ -43,7 +43,7 @@ def train(folder: Path, resume: Path | None = None, **arguments: Any) -> Trainer
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    model = sparsefx.sparsify(BertForSequenceClassification(config).double(), 0.3)
+    model = sparsefx.sparsify(BertForSequenceClassification(config).double(), 0.5)
     options = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=4,

@@ -26,7 +26,7 @@ SCHEDULE = {"steps_per_update": 6, "total_steps": 40}
 
 
 def start(name: str = "sgd", window: Any = 4) -> tuple[nn.Module, Optimizer]:
-    model = make(window)
+    model = make(window, density=0.5)  # every channel is live: no backend is chosen by timing
     optimizer = OPTIMIZERS[name](model.parameters())
     model.scheduler.attach(optimizer, **SCHEDULE)
     return model, optimizer
@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_density_says_so(how: str, tmp_path: Path) -> No
     other = make(4, density=0.3)
     optimizer = OPTIMIZERS["sgd"](other.parameters())
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(CheckpointError, match=r"0\.30.*density 0\.19988"):
+    with pytest.raises(CheckpointError, match=r"0\.30.*density 0\.5\)"):
         load_all(how, tmp_path, other, optimizer)
     if how != "dcp":  # which reads into the tensors that it was given
         assert_equal_state(dict(other.state_dict()), dict(before))
