@@ -16,6 +16,7 @@ from sparsefx.api import sparsify
 from sparsefx.bench.settings import INTERVAL, SETTINGS
 from sparsefx.bench.trainers import load
 from sparsefx.errors import SparsefxError
+from sparsefx.kernels.blocked import Converted
 from sparsefx.layers import MASK, sparse_layers
 
 NETWORKS = {"vgg16-d": 128, "wrn-16-10": 128, "wrn-28-2": 128, "resnet50": 64}
@@ -208,6 +209,6 @@ def _only(backend: Callable[..., Any]) -> Callable[..., Any]:
         key = spec.key if spec else ()
         if key not in made:
             made[key] = backend(mask, spec)
-        return made[key]
+        return Converted(made[key]) if spec is not None and spec.images else made[key]
 
     return choose
