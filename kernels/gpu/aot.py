@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -164,7 +165,7 @@ def compile_case(case: Case, target: str) -> Report:
     Raises:
         RuntimeError: in a process whose Triton interprets.
     """
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise RuntimeError("aot: expected TRITON_INTERPRET unset, got 1; start a process without it")
     jit = case.kernel.jit
     signature, attributes = {}, {}

@@ -47,7 +47,8 @@ def work_of(
 
 def column_density(matrix: Tensor, rows: int, unit: int | None = None) -> float:
     """Tile column density of a mask in tiles of `rows`; waits for the device."""
-    pattern = Pattern(*matrix.shape, Tiling(rows, min(unit or rows, rows), unit is None), matrix.device)
+    total, columns = matrix.shape
+    pattern = Pattern(total, columns, Tiling(rows, min(unit or rows, rows), unit is None), matrix.device)
     pattern.update_(matrix)
     return pattern.column_density.item()
 
