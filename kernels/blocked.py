@@ -20,15 +20,15 @@ from sparsefx.kernels.spec import ConvSpec, is_channels_last
 
 def enter(x: Tensor) -> Tensor:
     """Convert `[N, C, H, W]` to `[ceil(N / 16), C, H, W, 16]`."""
-    return _Enter.apply(x)
+    return _EnterRegion.apply(x)
 
 
 def leave(x: Tensor, images: int, channels_last: bool) -> Tensor:
     """Convert `[ceil(images / 16), C, H, W, 16]` to `[images, C, H, W]`, contiguous or channels_last."""
-    return _Leave.apply(x, images, channels_last)
+    return _LeaveRegion.apply(x, images, channels_last)
 
 
-class _Enter(torch.autograd.Function):
+class _EnterRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.images, ctx.last = x.shape[0], is_channels_last(x)
@@ -39,7 +39,7 @@ class _Enter(torch.autograd.Function):
         return leave(grad, ctx.images, ctx.last)
 
 
-class _Leave(torch.autograd.Function):
+class _LeaveRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, images: int, last: bool) -> Tensor:
         if torch.compiler.is_compiling():
@@ -310,17 +310,17 @@ class Converted:
     def __init__(self, backend: Any) -> None:
         self.backend, self.name = backend, backend.name
 
-    def fprop(self, spec: ConvSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def fprop(self, spec: ConvSpec | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Output of the layer."""
-        return enter(self.backend.fprop(_plain(spec), leave(x, spec.images, True), weight, bias))
+        return enter(self.backend.fprop(_plain(spec), _leave(spec, x), weight, bias))
 
-    def dgrad(self, spec: ConvSpec, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def dgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the input."""
-        return enter(self.backend.dgrad(_plain(spec), leave(grad, spec.images, True), _shaped(spec, x), weight))
+        return enter(self.backend.dgrad(_plain(spec), _leave(spec, grad), _shaped(spec, x), weight))
 
-    def wgrad(self, spec: ConvSpec, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    def wgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         """Gradient of the existing weights, zero at the missing ones."""
-        return self.backend.wgrad(_plain(spec), *_leave_both(spec, grad, x), weight, mask)
+        return self.backend.wgrad(_plain(spec), _leave(spec, grad), _leave(spec, x), weight, mask)
 
 
 class ConvertedDense(Converted):
@@ -329,27 +329,30 @@ class ConvertedDense(Converted):
     def __init__(self) -> None:
         super().__init__(Dense())
 
-    def dense_wgrad(self, spec: ConvSpec, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def dense_wgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Gradient of all weights, as if none were missing."""
-        return self.backend.dense_wgrad(_plain(spec), *_leave_both(spec, grad, x), weight)
+        return self.backend.dense_wgrad(_plain(spec), _leave(spec, grad), _leave(spec, x), weight)
 
-    def both(self, spec: ConvSpec, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def both(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Input gradient and dense weight gradient in one call."""
-        for_input, for_weight = self.backend.both(_plain(spec), *_leave_both(spec, grad, x), weight)
+        for_input, for_weight = self.backend.both(_plain(spec), _leave(spec, grad), _leave(spec, x), weight)
         return enter(for_input), for_weight
 
 
 CONVERTED_DENSE = ConvertedDense()
 
 
-def _plain(spec: ConvSpec) -> ConvSpec:
+def _plain(spec: ConvSpec | None) -> ConvSpec:
+    assert spec is not None
     return spec._replace(images=0)
 
 
-def _leave_both(spec: ConvSpec, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return leave(grad, spec.images, True), leave(x, spec.images, True)
+def _leave(spec: ConvSpec | None, x: Tensor) -> Tensor:
+    assert spec is not None
+    return leave(x, spec.images, True)
 
 
-def _shaped(spec: ConvSpec, x: Tensor) -> Tensor:
+def _shaped(spec: ConvSpec | None, x: Tensor) -> Tensor:
     """A plain tensor of the shape of `x`, whose contents nobody reads."""
+    assert spec is not None
     return x.new_empty((spec.images, *x.shape[1:4])).contiguous(memory_format=torch.channels_last)

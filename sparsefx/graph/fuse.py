@@ -22,7 +22,8 @@ def fuse(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _fuse(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
-    last, residual = node, None
+    last: Any = node
+    residual: Any = None
     added = _only_user(node)
     if added is not None and added.target in _ADDS and len(added.args) == 2:
         others = [a for a in added.args if a is not node]

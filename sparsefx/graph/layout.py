@@ -19,6 +19,8 @@ from sparsefx.graph.trace import Container, why_called
 from sparsefx.kernels.spec import is_channels_last
 from sparsefx.layers import SparseConv2d
 
+Node = Any
+"""An `fx.Node`, whose targets and arguments are typed too widely to follow."""
 DTYPES = (torch.float32, torch.bfloat16)
 _KEEP_ZERO = {
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Tanh, nn.Identity,
@@ -109,7 +111,7 @@ class _Layout:
         self.regions = False
         self.overwritten = False
 
-    def visit(self, node: fx.Node) -> None:
+    def visit(self, node: Node) -> None:
         """Put the node into the new graph."""
         kind = self._kind(node)
         module = self.model.get_submodule(node.target) if node.op == "call_module" else None
@@ -125,7 +127,7 @@ class _Layout:
             self.absorbed[name] = Container(name, module, type(module), module.training, {}, (), True)
         build(node)
 
-    def plain(self, node: fx.Node) -> fx.Node:
+    def plain(self, node: Node) -> fx.Node:
         """The value as the model knows it."""
         if node not in self.at_hand:
             args = self.blocks[node], self.counts[node], self.values[node].last
@@ -133,7 +135,7 @@ class _Layout:
             self.conversions.append(self.at_hand[node])
         return self.at_hand[node]
 
-    def blocked(self, node: fx.Node) -> fx.Node:
+    def blocked(self, node: Node) -> fx.Node:
         """The value in blocks."""
         if node not in self.blocks:
             self.counts[node] = self.new.call_method("size", (self.at_hand[node], 0))
@@ -141,7 +143,7 @@ class _Layout:
             self.conversions += [self.counts[node], self.blocks[node]]
         return self.blocks[node]
 
-    def _kind(self, node: fx.Node) -> Any:
+    def _kind(self, node: Node) -> Any:
         """What the node calls: a module's class, a function, or a method's name."""
         if node.op == "call_module":
             return type(self.model.get_submodule(str(node.target)))
@@ -152,7 +154,7 @@ class _Layout:
         value = self.values.get(node) if isinstance(node, fx.Node) else None
         return value is not None and len(value.shape) == 4 and value.dtype in DTYPES and value.shape.numel() > 0
 
-    def _builder(self, node: fx.Node, kind: Any, module: nn.Module | None) -> Callable[[fx.Node], None] | None:
+    def _builder(self, node: Node, kind: Any, module: nn.Module | None) -> Callable[[Node], None] | None:
         """How to compute the node in blocks; None if it stays as it is."""
         if not node.args or (module is not None and why_called(module)):
             return None
@@ -188,20 +190,20 @@ class _Layout:
             return self._max_pool
         return None
 
-    def _put(self, node: fx.Node, new: fx.Node, like: fx.Node) -> None:
+    def _put(self, node: Node, new: fx.Node, like: Node) -> None:
         self.blocks[node], self.counts[node] = new, self.counts[like]
 
-    def _conv(self, node: fx.Node) -> None:
+    def _conv(self, node: Node) -> None:
         x = self.blocked(node.args[0])
         layer = self.new.get_attr(str(node.target))
         self._put(node, self.new.call_function(blocked.conv, (layer, x, self.counts[node.args[0]])), node.args[0])
 
-    def _norm(self, node: fx.Node) -> None:
+    def _norm(self, node: Node) -> None:
         layer = self.new.get_attr(str(node.target))
         args = layer, self.blocks[node.args[0]], self.counts[node.args[0]]
         self._put(node, self.new.call_function(blocked.batch_norm, args), node.args[0])
 
-    def _max_pool(self, node: fx.Node) -> None:
+    def _max_pool(self, node: Node) -> None:
         x, *rest = node.args
         kwargs = {k: v for k, v in node.kwargs.items() if k != "return_indices"}
         if node.op == "call_module":
@@ -210,15 +212,15 @@ class _Layout:
             new = self.new.call_function(blocked.max_pool2d, (self.blocks[x], *rest[:5]), kwargs)
         self._put(node, new, x)
 
-    def _same(self, node: fx.Node) -> None:
+    def _same(self, node: Node) -> None:
         self._put(node, self.new.node_copy(node, self.blocked), node.args[0])
 
-    def _cat(self, node: fx.Node) -> None:
+    def _cat(self, node: Node) -> None:
         parts = _arguments(node, ("tensors", None))[0]
         args = [self.blocked(p) for p in parts]
         self._put(node, self.new.call_function(torch.cat, (args, 1)), parts[0])
 
-    def _pair(self, node: fx.Node, kind: Any) -> Callable[[fx.Node], None] | None:
+    def _pair(self, node: Node, kind: Any) -> Callable[[Node], None] | None:
         """Sums and products of images of one shape, or with one value a channel; products with a number."""
         if len(node.args) != 2 or node.kwargs or not any(a in self.blocks for a in node.args if _is_node(a)):
             return None
@@ -231,7 +233,7 @@ class _Layout:
         matches = one == other or (one[:2] == other[:2] and kind in _MULTIPLIES)
         return self._same if matches and self.values[nodes[0]].dtype == self.values[nodes[1]].dtype else None
 
-    def _mean(self, node: fx.Node) -> None:
+    def _mean(self, node: Node) -> None:
         x = node.args[0]
         out = self.new.call_function(blocked.mean, (self.blocks[x],))
         if self._image(node):
@@ -240,16 +242,16 @@ class _Layout:
         out = self.new.call_function(blocked.leave, (out, self.counts[x], False))
         self.at_hand[node] = self.new.call_function(torch.flatten, (out, 1))
 
-    def _size(self, node: fx.Node) -> None:
+    def _size(self, node: Node) -> None:
         x = node.args[0]
         dims = node.args[1:] if node.target == "size" else ()
         args = (self.blocks[x], self.counts[x], *map_arg(dims, self.plain))
         self.at_hand[node] = self.new.call_function(blocked.size, args, map_arg(_dims(node), self.plain))
 
-    def _wrapped(self, wrapper: Callable, images: bool) -> Callable[[fx.Node], None]:
+    def _wrapped(self, wrapper: Callable, images: bool) -> Callable[[Node], None]:
         """The node's function or module as the first argument of `wrapper`."""
 
-        def build(node: fx.Node) -> None:
+        def build(node: Node) -> None:
             x, *rest = node.args
             count = (self.counts[x],) if images else ()
             args = (self.blocks[x], *count, *map_arg(rest, self.plain))
@@ -277,7 +279,7 @@ def _is_node(value: Any) -> bool:
     return isinstance(value, fx.Node)
 
 
-def _dims(node: fx.Node) -> dict[str, Any]:
+def _dims(node: Node) -> dict[str, Any]:
     return dict(node.kwargs) if node.target == "size" else {}
 
 
@@ -292,13 +294,13 @@ def _convolves(layer: Any) -> bool:
     return layer.padding_mode == "zeros" and before == after and not layer._full
 
 
-def _arguments(node: fx.Node, *wanted: tuple[str, Any]) -> list[Any]:
+def _arguments(node: Node, *wanted: tuple[str, Any]) -> list[Any]:
     """Arguments by position or name, with their defaults."""
     given = dict(zip((name for name, _ in wanted), node.args, strict=False)) | dict(node.kwargs)
     return [given.get(name, default) for name, default in wanted]
 
 
-def _over_space(node: fx.Node) -> bool:
+def _over_space(node: Node) -> bool:
     """Whether a mean is over height and width alone."""
     dim = _arguments(node, ("input", None), ("dim", None))[1]
     return isinstance(dim, list | tuple) and sorted(d % 4 for d in dim) == [2, 3] and "dtype" not in node.kwargs

@@ -73,6 +73,7 @@ def test_every_kind_of_norm(affine, track):
         X,
     )
     for training in (True, True, False):
-        model.train(training), twin.train(training)
+        for net in (model, twin):
+            net.train(training)
         assert relative(model(X), twin(X.double())) < 1e-5
     assert fused(model) == [(False, True)]

@@ -27,7 +27,8 @@ def image(n: int = 5, size: int = 12) -> torch.Tensor:
 def test_equals_the_masked_dense_model(kind, images, training):
     x = image(images)
     model, twin = pair(NETS[kind](), x)
-    model.train(training), twin.train(training)
+    for net in (model, twin):
+        net.train(training)
     for module in [*model.modules(), *twin.modules()]:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -40,7 +41,9 @@ def test_equals_the_masked_dense_model(kind, images, training):
         assert relative(one.grad, other.grad) < 1e-5
     masks = sparsefx.masks(model)
     for name, parameter in twin.named_parameters():
-        grad = parameter.grad * masks[name] if name in masks else parameter.grad
+        grad = parameter.grad
+        assert grad is not None
+        grad = grad * masks[name] if name in masks else grad
         assert relative(model.get_parameter(name).grad, grad) < 2e-5, name
     for name, buffer in twin.named_buffers():
         torch.testing.assert_close(model.get_buffer(name).double(), buffer.double(), rtol=1e-5, atol=1e-6)
@@ -113,7 +116,8 @@ def test_a_value_overwritten_and_read_again_keeps_the_graph_plain():
 def test_a_hook_on_a_layer_sees_activations_as_the_model_knows_them():
     x = image()
     model, twin = pair(NETS["resnet"](), x)
-    model(x), twin(x.double())
+    twin(x.double())
+    model(x)
     assert conversions(model) == (1, 1)
     seen = []
     handle = model.body[0].conv2.register_forward_hook(lambda layer, args, out: seen.append(out.shape))
@@ -137,7 +141,8 @@ def test_frozen_norm_uses_its_running_statistics():
 def test_graphs_of_two_forwards_live_side_by_side():
     x, y = image(), image()
     model, twin = pair(NETS["vgg"](), x)
-    model.zero_grad(), twin.zero_grad()
+    model.zero_grad()
+    twin.zero_grad()
     a, b = model(x), model(y)
     with torch.no_grad():
         model(image())

@@ -20,7 +20,8 @@ def test_a_region_compiles_whole_and_follows_its_masks(kind):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for _ in range(3):
-        model.zero_grad(), twin.zero_grad()
+        model.zero_grad()
+        twin.zero_grad()
         out, wanted = compiled(x), twin(x.double())
         out.square().sum().backward()
         wanted.square().sum().backward()
