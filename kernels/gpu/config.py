@@ -52,8 +52,10 @@ def default(kind: str, dtype: torch.dtype, rows: int) -> Config:
     warps = 8 if rows == 128 and (wide or kind != "wgrad") else 4
     if kind == "wgrad":
         return Config(rows, 64, 32 if wide else 64, rows >= 64, warps, 3)
-    # Wider blocks of fp32 positions spill registers.
-    return Config(rows, 32 if wide else 64, 64 if wide and rows >= 32 else 128, rows >= 64, warps, 3)
+    if not wide:
+        return Config(rows, 64, 128, rows >= 64, warps, 3)
+    # Wider blocks spill registers.
+    return Config(rows, 16 if rows == 128 else 32, 64 if rows >= 32 else 128, rows >= 64, warps, 3)
 
 
 def bucket(density: float) -> int:
