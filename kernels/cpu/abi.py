@@ -73,7 +73,8 @@ def empty(lib: ctypes.CDLL, shape: Sequence[int], dtype: torch.dtype) -> torch.T
     count = math.prod(shape)
     if count * dtype.itemsize < buffers.SMALLEST:
         return torch.empty(shape, dtype=dtype)
-    return buffers.take(count * dtype.itemsize, lib.sfx_advise).view(dtype).view(shape)
+    memory = buffers.take(count * dtype.itemsize, lib.sfx_advise)
+    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, tuple(shape))  # a view could not be written to
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

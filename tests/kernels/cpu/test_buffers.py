@@ -53,6 +53,7 @@ def test_tensors_are_ordinary():
         assert x.dtype == dtype
         assert x.shape == SHAPE
         assert x.is_contiguous()
+        assert not x._is_view()
         assert x.data_ptr() % 64 == 0
         assert x.requires_grad_().is_leaf
 
