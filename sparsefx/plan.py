@@ -22,7 +22,7 @@ class Plan:
         mask: A copy of the mask that the plan was built for.
         backends: Those built so far, by name and geometry; "dense" needs none.
         choices: Name of the backend by call: pass, shape, type and memory format.
-        running: Name of the backend by pass, as last called.
+        running: The latest call of each pass.
         nnz: Number of weights that exist.
         live_in, live_out: Numbers of channels that have a weight; `empty_in`, `empty_out`: of those that have none.
     """
@@ -39,7 +39,7 @@ class Plan:
         self.compacts = groups == 1 and share <= _WORTH_TRYING
         self.backends: dict[tuple, Backend] = {}
         self.choices: dict[Key, str] = {}
-        self.running: dict[str, str] = {}
+        self.running: dict[str, Key] = {}
 
     def keep(self, backends: dict[tuple, Backend]) -> None:
         """Take over those of an earlier plan that change in place, as captured CUDA graphs hold their addresses."""

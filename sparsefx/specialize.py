@@ -100,7 +100,8 @@ class Specializer:
         plan = self._plans.get(layer.handle)
         chosen = dict.fromkeys(PASSES, "dense")
         if plan is not None:
-            chosen.update({key[0]: name for key, name in plan.choices.items()} | plan.running)
+            chosen.update({key[0]: name for key, name in plan.choices.items()})
+            chosen.update({kind: plan.choices[key] for kind, key in plan.running.items()})
         return chosen
 
     def calls(self, layer: SparseLayer, backend: str) -> list[tuple[str, torch.Size, ConvSpec | None]]:
@@ -110,11 +111,14 @@ class Specializer:
         return [(key[0], torch.Size(key[1]), spec) for key, spec in seen.items() if plan.choices.get(key) == backend]
 
     def respecialize(self, layers: list[SparseLayer]) -> None:
-        """Rebuild the plans of layers whose masks changed, and choose again for every call seen so far."""
+        """Rebuild the plans of layers whose masks changed, and choose again for the latest call of each pass."""
         for layer in layers:
+            latest = self._plans[layer.handle].running if layer.handle in self._plans else {}
             plan = self.plan(layer)
             start = time.perf_counter()
-            for key, spec in self._calls.get(layer.handle, {}).items():
+            for kind, key in latest.items():
+                spec = self._calls[layer.handle][key]
+                plan.running[kind] = key
                 if key not in plan.choices:
                     plan.choices[key] = self._choose(plan, key, spec, plan.mask.float(), None)
             self.seconds += time.perf_counter() - start
@@ -160,7 +164,7 @@ class Specializer:
             start = time.perf_counter()
             name = plan.choices[key] = self._choose(plan, key, spec, weight, (x, grad))
             self.seconds += time.perf_counter() - start
-        plan.running[kind] = name
+        plan.running[kind] = key
         return self._backend(plan, name, spec)
 
     def choose_graph(self, key: tuple, calls: list[Callable[[], Any]]) -> int:
