@@ -61,13 +61,14 @@ def curves(
     rules = sparsefx.SparseMomentum(dense_grad_window="always")
     twins = {name: copy.deepcopy(model).to(memory_format=form) for name, form in FORMATS.items()}  # pyright: ignore[reportCallIssue]
     sparsefx.sparsify(model, density, scheduler=rules)
+    scheduler: Any = model.scheduler
     masks = {name: mask.clone() for name, mask in sparsefx.masks(model).items()}
     for twin in twins.values():
         project_(twin, masks)
     networks = {"sparse": model, **twins}
     optimizers = {name: sgd(network) for name, network in networks.items()}
     if update:
-        model.scheduler.attach(optimizers["sparse"], steps_per_update=update, total_steps=100 * steps)
+        scheduler.attach(optimizers["sparse"], steps_per_update=update, total_steps=100 * steps)
     losses: dict[str, list[float]] = {name: [] for name in networks}
     updates = 0
     for _ in tqdm(range(steps), disable=quiet):
@@ -79,8 +80,8 @@ def curves(
             loss.backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
-        if update and len(model.scheduler.history) > updates:
-            updates = len(model.scheduler.history)
+        if update and len(scheduler.history) > updates:
+            updates = len(scheduler.history)
             masks = {name: mask.clone() for name, mask in sparsefx.masks(model).items()}
             started = {name: model.get_parameter(name) != 0 for name in masks}  # a weight that was grown starts at zero
             for twin in twins.values():

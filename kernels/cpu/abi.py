@@ -74,7 +74,8 @@ def empty(lib: ctypes.CDLL, shape: Sequence[int], dtype: torch.dtype) -> torch.T
     if count * dtype.itemsize < buffers.SMALLEST:
         return torch.empty(shape, dtype=dtype)
     memory = buffers.take(count * dtype.itemsize, lib.sfx_advise)
-    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, tuple(shape))  # a view could not be written to
+    # A view could not be written in place where an autograd function returns it.
+    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, tuple(shape))  # pyright: ignore[reportCallIssue]
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:
