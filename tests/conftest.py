@@ -47,6 +47,7 @@ def global_state_kept() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
     torch.set_default_dtype(dtype)
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
