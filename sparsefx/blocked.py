@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsefx.kernels import blocked as kernels
 from sparsefx.kernels import ops
 from sparsefx.kernels.cpu.abi import BLOCK
+from sparsefx.kernels.cpu.layout import as_channels_last, from_channels_last
 from sparsefx.kernels.spec import ConvSpec
 from sparsefx.layers import SparseConv2d
 
@@ -36,29 +37,28 @@ def batch_norm(
 ) -> Tensor:
     """The layer on blocked activations, then `+ residual`, then a ReLU; running statistics as torch keeps them."""
     factor = 0.0 if layer.momentum is None else layer.momentum
-    tracked = layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None
-    if layer.training and tracked and layer.num_batches_tracked is not None:
+    if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
         if layer.momentum is None:
             factor = 1.0 / float(layer.num_batches_tracked)
-    training = layer.training or not tracked
+    running_mean, running_var = layer.running_mean, layer.running_var
     y, mean, var = kernels.batch_norm(
         x,
         residual,
         layer.weight,
         layer.bias,
-        layer.running_mean,
-        layer.running_var,
-        training=training,
+        running_mean,
+        running_var,
+        training=layer.training or running_mean is None or running_var is None,
         eps=layer.eps,
         images=images,
         relu=relu,
     )
-    if layer.training and tracked and layer.running_mean is not None and layer.running_var is not None:
+    if layer.training and layer.track_running_stats and running_mean is not None and running_var is not None:
         count = images * x.shape[2] * x.shape[3]
         with torch.no_grad():
-            layer.running_mean.lerp_(mean, factor)
-            layer.running_var.lerp_(var * (count / (count - 1)), factor)
+            running_mean.lerp_(mean, factor)
+            running_var.lerp_(var * (count / (count - 1)), factor)
     return y
 
 
@@ -84,10 +84,8 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def pool(function: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A pooling of torch's, natively on the channels_last view `[B * C, 16, H, W]` of the same memory."""
-    b, c, h, w, lanes = x.shape
-    out = function(x.contiguous().view(b * c, h, w, lanes).permute(0, 3, 1, 2), *args, **kwargs)
-    return out.permute(0, 2, 3, 1).contiguous().view(b, c, out.shape[2], out.shape[3], lanes)
+    """A pooling of torch's, natively on the channels_last view of the same memory."""
+    return from_channels_last(function(as_channels_last(x.contiguous()), *args, **kwargs), x.shape[1])
 
 
 def mean(x: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ class _Layout:
         if kind in _MOVE_ZERO:
             return self._wrapped(blocked.saturate, images=True)
         if kind in _DROPOUTS:
-            return self._wrapped(blocked.dropout, images=True)
+            return self._wrapped(blocked.dropout, images=True) if _drops(node, module) else self._skip
         if kind in _POOLS:
             return self._wrapped(blocked.pool, images=False)
         if kind in _MAX_POOLS:
@@ -214,6 +214,9 @@ class _Layout:
 
     def _same(self, node: Node) -> None:
         self._put(node, self.new.node_copy(node, self.blocked), node.args[0])
+
+    def _skip(self, node: Node) -> None:
+        self._put(node, self.blocks[node.args[0]], node.args[0])
 
     def _cat(self, node: Node) -> None:
         parts = _arguments(node, ("tensors", None))[0]
@@ -298,6 +301,13 @@ def _arguments(node: Node, *wanted: tuple[str, Any]) -> list[Any]:
     """Arguments by position or name, with their defaults."""
     given = dict(zip((name for name, _ in wanted), node.args, strict=False)) | dict(node.kwargs)
     return [given.get(name, default) for name, default in wanted]
+
+
+def _drops(node: Node, module: nn.Module | None) -> bool:
+    """Whether a dropout does anything."""
+    if module is not None:
+        return module.training
+    return _arguments(node, ("input", None), ("p", 0.5), ("training", True))[2] is not False
 
 
 def _over_space(node: Node) -> bool:

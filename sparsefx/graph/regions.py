@@ -26,6 +26,10 @@ _NUDGE, _NUDGED = 1e-6, 100
 inputs changed by so much do to the graph itself."""
 
 
+_MOST_MEASURED = 16
+"""After so many kinds of calls new ones are no longer measured: ever new sizes would measure at each call."""
+
+
 class Fast:
     """A graph with regions, as a function of the model, and the guards of the modules that it absorbed."""
 
@@ -84,7 +88,7 @@ class Chooser:
         return self.old if fast is None or fast.graph is None or not fast.holds() else fast.graph
 
     def _choice(self, key: tuple, inputs: tuple[Tensor, ...]) -> Fast | None:
-        if not all(_ordinary(x) for x in inputs) or self.problem:
+        if not all(_ordinary(x) for x in inputs) or self.problem or len(self._choices) >= _MOST_MEASURED:
             return None
         before, generators = State(self.model), RandomState()
 

@@ -271,3 +271,22 @@ def test_a_loaded_table_decides_again():
         model.scheduler.specializer.load_state_dict(state)
         model(x)
     assert conversions(model) == (0, 0)
+
+
+def test_a_dropout_that_drops_nothing_is_left_out():
+    x = image()
+    model, twin = pair(NETS["wrn"]().eval(), x)
+    with torch.no_grad():
+        assert relative(model(x), twin(x.double())) < 1e-5
+    assert conversions(model) == (1, 1)
+    assert not any("drop" in node.name for node in model.graph.nodes)
+
+
+def test_ever_new_shapes_are_not_measured_for_ever():
+    model, _ = pair(NETS["vgg"](), image())
+    chooser, asked = model._sparsefx.current(model).chooser, []
+    chooser.choose = lambda key, calls: asked.append(key) or 1
+    with torch.no_grad():
+        for images in range(2, 40):
+            model(image(images))
+    assert len(asked) < 20
