@@ -1,9 +1,11 @@
 """Between the layers and an update: what it reads of them, its changes put in place, and the row of history."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsefx import moments
 from sparsefx.layers import SparseLayer
@@ -14,24 +16,34 @@ from sparsefx.update import LayerChange, LayerState
 from sparsefx.window import Window
 
 
+@torch.no_grad()
 def read(window: Window, units: Mapping[str, Units], needs_moment: bool) -> list[LayerState]:
-    """The layers that take part in an update: those whose weight has been stepped. Sharded weights are gathered."""
+    """The layers that take part in an update: those whose weight has been stepped. Ranks of shards call it together."""
     states = []
     for name, (optimizer, group) in window.places().items():
         layer = window.layers[name]
         moment = moments.first_moment(optimizer, layer.weight)
         if moment is None and needs_moment:
             continue
-        weight, mask = whole(layer.weight.detach()), layer.weight_mask
+        weight, mask = whole(layer.weight), layer.weight_mask
+        problem = _problem(name, "weight", weight)
+        magnitude = float(weight[mask].abs().double().mean())
+        read_weight = partial(whole, layer.weight.detach())
+        read_moment = partial(torch.zeros_like, mask, dtype=weight.dtype) if moment is None else partial(whole, moment)
         contribution = 0.0
-        if moment is None:
-            moment = torch.zeros_like(weight)
-        else:
-            moment = whole(moment)
+        if moment is not None:
+            problem = problem or _problem(name, "first moment", read_moment())
             scaled = moments.normalized(optimizer, group, layer.weight)
             contribution = float(scaled[mask].abs().double().mean())
-        states.append(LayerState(name, units[name], weight, mask, moment, contribution))
+        states.append(LayerState(name, units[name], mask, read_weight, read_moment, magnitude, contribution, problem))
     return states
+
+
+def _problem(name: str, what: str, tensor: Tensor) -> str | None:
+    """Why an update cannot use these values, or None."""
+    if bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+        return None
+    return f"{name}: expected a finite {what}, got infinite or NaN values"
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from sparsefx.masks import Units, target_count
 from sparsefx.ranks import Ranks
 from sparsefx.shards import is_sharded
 from sparsefx.specialize import Specializer
-from sparsefx.update import LayerState, unusable, update_masks
+from sparsefx.update import LayerState, update_masks
 from sparsefx.window import Window
 
 
@@ -229,7 +229,7 @@ class Scheduler:
         rate = self.prune_rate
         window.reduce()
         states = exchange.read(window, self.units, self._needs_moment)
-        reason = unusable(states)
+        reason = next((state.problem for state in states if state.problem), None)
         changed: dict[str, tuple[int, int]] = {}
         if reason is not None:
             warnings.warn(f"{reason}; the update at step {self.step} is skipped", UpdateWarning, stacklevel=2)

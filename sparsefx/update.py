@@ -1,6 +1,6 @@
 """One prune-redistribute-regrow over all layers: Algorithm 1 of the paper, on tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +19,21 @@ class LayerState:
     """What an update reads of one layer; all tensors have the weight's shape.
 
     Attributes:
+        weight, moment: Read the weight and the first moment. Sharded ones are gathered anew each time, so that an
+            update never holds more than one layer whole.
+        magnitude: Mean magnitude of existing weights.
         contribution: Mean magnitude of the first moment over existing weights, in the scale of the step.
+        problem: Why the layer's values allow no update, or None.
     """
 
     name: str
     units: Units
-    weight: Tensor
     mask: Tensor
-    moment: Tensor
+    weight: Callable[[], Tensor]
+    moment: Callable[[], Tensor]
+    magnitude: float
     contribution: float
+    problem: str | None = None
 
 
 @dataclass
@@ -79,8 +85,7 @@ def update_masks(
         if missing < _NEARLY_DENSE and share > 1 / len(layers):
             rate = min(prune_rate, missing)
         k = min(round(rate * count), count - 1)
-        scores = layer.units.reduce(layer.weight if layer.units.single else layer.weight.abs())
-        kept.append(prune(scores, mask, k, generator=generator))
+        kept.append(prune(_scores(layer.units, layer.weight()), mask, k, generator=generator))
 
     before = [layer.units.weights(m) for layer, m in zip(layers, existing, strict=True)]
     after = [layer.units.weights(m) for layer, m in zip(layers, kept, strict=True)]
@@ -91,12 +96,10 @@ def update_masks(
     wanted = largest_remainder(redistribute(_stats(layers, existing, removed)), budget)
     budgets = spread([min(w, r) for w, r in zip(wanted, room, strict=True)], [0] * len(room), room, budget)
 
-    scores = [layer.units.reduce(layer.moment if layer.units.single else layer.moment.abs()) for layer in layers]
+    def regrow(index: int, mask: Tensor, k: int) -> Tensor:
+        return grow(_scores(layers[index].units, layers[index].moment()), mask, k, generator=generator)
 
-    def regrow(score: Tensor, mask: Tensor, k: int) -> Tensor:
-        return grow(score, mask, k, generator=generator)
-
-    grown = place(regrow, [layer.units for layer in layers], scores, kept, budgets)
+    grown = place(regrow, [layer.units for layer in layers], kept, budgets)
     changes = []
     for layer, stay, new, gone, count in zip(layers, kept, grown, removed, after, strict=True):
         mask = layer.units.expand(new)
@@ -112,16 +115,12 @@ def _stats(layers: Sequence[LayerState], existing: Sequence[Tensor], removed: Se
             layer.units.weights(units),
             gone,
             layer.contribution,
-            float(layer.weight[layer.mask].abs().double().mean()),
+            layer.magnitude,
         )
         for layer, units, gone in zip(layers, existing, removed, strict=True)
     ]
 
 
-def unusable(states: Sequence[LayerState]) -> str | None:
-    """Why the layers' values allow no update, or None."""
-    for state in states:
-        for what, tensor in (("first moment", state.moment), ("weight", state.weight)):
-            if not bool(torch.isfinite(tensor).all()):
-                return f"{state.name}: expected a finite {what}, got infinite or NaN values"
-    return None
+def _scores(units: Units, values: Tensor) -> Tensor:
+    """The score of each unit: its value, whose sign the rules ignore, or the summed magnitudes of its weights."""
+    return units.reduce(values if units.single else values.abs())

@@ -1,7 +1,6 @@
 """From budgets in weights to masks of whole units, exact in sum."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,26 +8,24 @@ from torch import Tensor
 from sparsefx.algorithms.grow import momentum, random
 from sparsefx.masks import Units
 
-Grow = Callable[[Tensor, Tensor, int], Tensor]
+Grow = Callable[[int, Tensor, int], Tensor]
 
 
-def place(
-    grow: Grow, units: Sequence[Units], scores: Sequence[Tensor], masks: Sequence[Tensor], budgets: Sequence[int]
-) -> list[Tensor]:
+def place(grow: Grow, units: Sequence[Units], masks: Sequence[Tensor], budgets: Sequence[int]) -> list[Tensor]:
     """Grow each layer by its budget; what whole units leave over goes to the layers furthest below theirs.
 
     Args:
-        grow: The rule `(score, mask, k) -> mask`.
+        grow: The rule `(index of the layer, mask, k) -> mask`; it knows the layers' scores.
         units: The units of each layer.
-        scores, masks: One entry per unit, `[units]`, for each layer.
+        masks: One entry per unit, `[units]`, for each layer.
         budgets: How many weights each layer may gain.
     Returns:
         The new unit masks. The weights gained sum to `sum(budgets)` exactly for units of one weight, and otherwise
         to the largest number below it from which no missing unit is left that would fit.
     """
     grown = [
-        grow(score, mask, min(budget // unit.whole, int((~mask).sum()))) if budget >= unit.whole else mask
-        for unit, score, mask, budget in zip(units, scores, masks, budgets, strict=True)
+        grow(i, mask, min(budget // unit.whole, int((~mask).sum()))) if budget >= unit.whole else mask
+        for i, (unit, mask, budget) in enumerate(zip(units, masks, budgets, strict=True))
     ]
     gained = [unit.weights(new) - unit.weights(old) for unit, new, old in zip(units, grown, masks, strict=True)]
     left = sum(budgets) - sum(gained)
@@ -41,7 +38,7 @@ def place(
             open_units = int((~closed).sum())
             if not open_units:
                 break
-            new = grow(scores[i], closed, min(open_units, max(1, left // units[i].whole))) & ~closed
+            new = grow(i, closed, min(open_units, max(1, left // units[i].whole))) & ~closed
             left -= units[i].weights(new)
             grown[i] = grown[i] | new
     return grown
@@ -59,13 +56,20 @@ def random_masks(units: Sequence[Units], counts: Sequence[int], seed: int) -> li
     """
     generator = torch.Generator().manual_seed(seed)
     empty = [torch.zeros(unit.count, dtype=torch.bool) for unit in units]
-    chosen = place(partial(random, generator=generator), units, empty, empty, counts)
+
+    def draw(index: int, mask: Tensor, k: int) -> Tensor:
+        return random(mask, mask, k, generator=generator)
+
+    chosen = place(draw, units, empty, counts)
     return [unit.expand(mask) for unit, mask in zip(units, chosen, strict=True)]
 
 
 def magnitude_masks(units: Sequence[Units], weights: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     """Draw each layer's mask as its units of largest summed magnitude (`counts` as in `random_masks`)."""
-    scores = [unit.reduce(w.detach().abs()) for unit, w in zip(units, weights, strict=True)]
-    empty = [torch.zeros_like(s, dtype=torch.bool) for s in scores]
-    chosen = place(momentum, units, scores, empty, counts)
+    empty = [torch.zeros(unit.count, dtype=torch.bool, device=w.device) for unit, w in zip(units, weights, strict=True)]
+
+    def largest(index: int, mask: Tensor, k: int) -> Tensor:
+        return momentum(units[index].reduce(weights[index].detach().abs()), mask, k)
+
+    chosen = place(largest, units, empty, counts)
     return [unit.expand(mask) for unit, mask in zip(units, chosen, strict=True)]

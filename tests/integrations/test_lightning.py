@@ -1,5 +1,6 @@
 """The Lightning callback in real, tiny runs."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import sparsefx
 from sparsefx.errors import LayerError
 from sparsefx.integrations.lightning import SparseCallback
 from tests.masked_dense import assert_equal_state, assert_zero_missing, batches, net
+from tests.stack import ranks
+from tests.stack.test_ddp import parts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -29,7 +32,7 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         """The data follow the step: Lightning starts a loader anew when it resumes inside an epoch."""
-        x, y = batches(1, seed=self.global_step)[0]
+        x, y = parts(batches(1, seed=self.global_step), self.global_rank, self.trainer.world_size)[0]
         return F.cross_entropy(self.body(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -49,11 +52,11 @@ class Watch(Callback):
         self.logged.append({k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("sparsefx")})
 
 
-def loader() -> DataLoader:
-    return DataLoader(TensorDataset(torch.zeros(24, 1)), batch_size=4)
+def loader(world: int = 1) -> DataLoader:
+    return DataLoader(TensorDataset(torch.zeros(24 * world, 1)), batch_size=4)
 
 
-def fit(folder: Path, resume: Path | None = None) -> tuple[Classifier, Watch, ModelCheckpoint]:
+def fit(folder: Path, resume: Path | None = None, **options: Any) -> tuple[Classifier, Watch, ModelCheckpoint]:
     torch.manual_seed(0)
     model, watch = Classifier(), Watch()
     saver = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=4)
@@ -66,8 +69,9 @@ def fit(folder: Path, resume: Path | None = None) -> tuple[Classifier, Watch, Mo
         enable_model_summary=False,
         log_every_n_steps=1,
         limit_train_batches=6,
+        **options,
     )
-    trainer.fit(model, loader(), ckpt_path=resume)
+    trainer.fit(model, loader(trainer.world_size), ckpt_path=resume)
     return model, watch, saver
 
 
@@ -84,6 +88,27 @@ def test_a_run_updates_each_epoch_logs_and_resumes_bit_exactly(tmp_path: Path) -
         again, _, _ = fit(tmp_path / f"again{step}", saved)
         assert_equal_state(dict(again.state_dict()), dict(model.state_dict()))
         assert [row["layers"] for row in again.body.scheduler.history] == [row["layers"] for row in rows]
+
+
+def fit_rank(rank: int, folder: Path) -> list[dict[str, Tensor]]:
+    """One rank of a run, and of another that goes on from inside a window of the first."""
+    warnings.simplefilter("ignore")
+    ranks.as_torchrun(rank)
+    states = []
+    for resume in (None, folder / "epoch=2-step=16.ckpt"):
+        model, _, _ = fit(folder if resume is None else folder / "again", resume, strategy="ddp", devices=2)
+        assert [row["step"] for row in model.body.scheduler.history] == [6, 12, 18]
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+    return states
+
+
+def test_ranks_train_as_one_process_and_resume_bit_exactly(tmp_path: Path) -> None:
+    one, other = ranks.run(fit_rank, tmp_path / "ranks")
+    model, _, _ = fit(tmp_path / "alone")
+    for state in (one[1], *other):
+        assert_equal_state(state, one[0])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(one[0][name], value, rtol=1e-9, atol=1e-10, msg=name)
 
 
 def test_a_module_without_a_sparse_model_is_an_error() -> None:

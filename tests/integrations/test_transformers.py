@@ -1,5 +1,6 @@
 """The Trainer callback in real, tiny runs of a BERT."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import sparsefx
 from sparsefx.errors import LayerError
 from sparsefx.integrations.transformers import SparseCallback
 from tests.masked_dense import assert_equal_state, assert_zero_missing
+from tests.stack import ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -80,6 +82,25 @@ def test_a_run_updates_each_epoch_logs_and_resumes_bit_exactly(tmp_path: Path) -
 def test_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
     trainer = train(tmp_path, gradient_accumulation_steps=2)
     assert [row["step"] for row in trainer.model.scheduler.history] == [3, 6, 9]
+
+
+def train_rank(rank: int, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """One rank of a run, and of another that goes on from inside a window of the first."""
+    warnings.simplefilter("ignore")
+    ranks.as_torchrun(rank)
+    states = []
+    for resume in (None, folder / "checkpoint-8"):
+        trainer = train(folder if resume is None else folder / "again", resume, ddp_backend="gloo")
+        assert trainer.args.world_size == 2
+        assert [row["step"] for row in trainer.model.scheduler.history] == [3, 6, 9]
+        states.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+    return states
+
+
+def test_ranks_agree_and_resume_bit_exactly(tmp_path: Path) -> None:
+    one, other = ranks.run(train_rank, tmp_path)
+    for state in (one[1], *other):
+        assert_equal_state(state, one[0])
 
 
 def test_a_dense_model_is_an_error(tmp_path: Path) -> None:

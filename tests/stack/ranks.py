@@ -2,6 +2,7 @@
 
 import functools
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -99,3 +100,10 @@ def _rank(function: Callable[..., Any], rank: int, ranks: int, folder: str, args
     Path(f"{folder}/{rank}.tmp").rename(f"{folder}/{rank}.pt")
     if not error:
         dist.destroy_process_group()
+
+
+def as_torchrun(rank: int) -> None:
+    """Tell this rank's libraries, through the environment, that torchrun has launched it."""
+    world = str(dist.get_world_size())
+    names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": world}
+    os.environ.update(names, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT="0", TORCHELASTIC_RUN_ID="it")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsefx
@@ -169,6 +170,30 @@ def test_the_sparse_hook_gives_the_plain_hooks_bits_in_channels_last() -> None:
         assert updates == 2
         assert one.keys() == other.keys()
         assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def compiled_rank(rank: int, how: str) -> tuple:
+    """Fourteen steps, two updates and their windows; the states, the graphs compiled, and the updates."""
+    model = make()
+    if how == "inside":
+        model.compile(backend="aot_eager")
+    call = wrap(model)
+    optimizer = MOMENTUM(model.parameters())
+    model.scheduler.attach(optimizer, **SCHEDULE)
+    compiled = torch.compile(call, backend="aot_eager") if how == "outside" else call
+    for batch in parts(batches(14), rank, 2):
+        loss_of(compiled, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.state_dict()), counters["stats"]["unique_graphs"], len(model.scheduler.history)
+
+
+@pytest.mark.parametrize("how", ["inside", "outside"])
+def test_compiled_ranks_train_as_eager_ones_with_one_compilation(how: str) -> None:
+    eager, compiled = (ranks.run(compiled_rank, each) for each in ("not at all", how))
+    for (state, graphs, updates), (other, none, _) in zip(compiled, eager, strict=True):
+        assert (graphs, none, updates) == (1, 0, 2)
+        assert all(torch.equal(value, other[key]) for key, value in state.items())
 
 
 def disagree_rank(rank: int, what: str) -> None:

@@ -1,6 +1,7 @@
 """FSDP2: sharded weights and moments, one set of masks; updates are those of one process."""
 
 import warnings
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Adam, Optimizer
 
 import sparsefx
+from sparsefx import exchange, moments, shards
 from sparsefx.errors import TraceWarning
 from tests.masked_dense import MOMENTUM, batches, loss_of, net
 from tests.stack import ranks
@@ -37,12 +39,13 @@ def blocks(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return nn.Sequential(nn.Sequential(*layers[:4]), nn.Sequential(*layers[4:]))
 
 
-def sharded(window: Any, dtype: torch.dtype = torch.float64, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
+def sharded(window: Any, dtype: torch.dtype = torch.float64, *, copies: int = 1, **options: Any) -> nn.Module:
+    """The sparse model over all ranks; `copies` groups of them each hold all of it (HSDP)."""
     warnings.simplefilter("ignore", TraceWarning)
     config = sparsefx.SparseMomentum(dense_grad_window=window)
     model = sparsefx.sparsify(blocks(dtype), 0.2, scheduler=config)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    options = {"mp_policy": policy} if policy else {}
+    shape = (copies, dist.get_world_size() // copies) if copies > 1 else (dist.get_world_size(),)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
     for block in model:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
@@ -64,8 +67,8 @@ def steps(model: nn.Module, optimizer: Optimizer, data: list, micro: int, clip: 
         optimizer.zero_grad()
 
 
-def train_rank(rank: int, name: str, window: Any, micro: int, clip: float | None) -> tuple:
-    model = sharded(window)
+def train_rank(rank: int, name: str, window: Any, micro: int, clip: float | None, options: dict[str, Any]) -> tuple:
+    model = sharded(window, **options)
     optimizer = OPTIMIZERS[name](model.parameters())
     model.scheduler.attach(optimizer, **SCHEDULE)
     data = parts(batches(10 * micro), rank, dist.get_world_size())
@@ -84,16 +87,25 @@ def train_rank(rank: int, name: str, window: Any, micro: int, clip: float | None
 
 
 @pytest.mark.parametrize(
-    ("name", "window", "micro", "clip"), [("sgd", 2, 1, None), ("adam", "always", 2, 0.05), ("sgd", "always", 2, 0.05)]
+    ("name", "window", "micro", "clip", "options"),
+    [
+        ("sgd", 2, 1, None, {}),
+        ("adam", "always", 2, 0.05, {"reshard_after_forward": False}),
+        ("sgd", "always", 2, 0.05, {}),
+        ("sgd", 2, 1, 0.05, {"copies": 2}),
+    ],
 )
-def test_sharded_runs_are_those_of_one_process(name: str, window: Any, micro: int, clip: float | None) -> None:
-    results = ranks.run(train_rank, name, window, micro, clip)
+def test_sharded_runs_are_those_of_one_process(
+    name: str, window: Any, micro: int, clip: float | None, options: dict[str, Any]
+) -> None:
+    copies = options.get("copies", 1)
+    results = ranks.run(train_rank, name, window, micro, clip, options, ranks=2 * copies)
     model = sparsefx.sparsify(blocks(), 0.2, scheduler=sparsefx.SparseMomentum(dense_grad_window=window))
     optimizer = OPTIMIZERS[name](model.parameters())
     model.scheduler.attach(optimizer, **SCHEDULE)
     steps(model, optimizer, batches(10 * micro), micro, clip)
     total = sum(p.numel() for p in model.parameters())
-    assert sum(result[3] for result in results) == total
+    assert sum(result[3] for result in results) == copies * total
     for state, masks, updates, held in results:
         assert updates == [4, 8]
         assert held < 0.7 * total
@@ -107,7 +119,7 @@ def test_sharded_runs_are_those_of_one_process(name: str, window: Any, micro: in
 def mixed_rank(rank: int) -> tuple:
     """bf16 forward and gradients over fp32 masters."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = sharded(2, torch.float32, policy)
+    model = sharded(2, torch.float32, mp_policy=policy)
     optimizer = MOMENTUM(model.parameters())
     model.scheduler.attach(optimizer, **SCHEDULE)
     seen = []
@@ -193,3 +205,59 @@ def test_accumulation_without_synchronization_is_that_of_one_process() -> None:
             assert torch.equal(mask, masks[key]), key
         for key, value in state.items():
             torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-9, atol=1e-10, msg=key)
+
+
+def gathering_rank(rank: int) -> list[int]:
+    """Sizes of what an update holds whole at any time: everything gathered and not yet let go."""
+    model = sharded("always")
+    optimizer = Adam(model.parameters(), lr=1e-3)
+    model.scheduler.attach(optimizer, **SCHEDULE)
+    steps(model, optimizer, parts(batches(3), rank, 2), 1, None)
+    gathered: list[weakref.ref[torch.Tensor]] = []
+    held = []
+
+    def recorded(tensor: torch.Tensor) -> torch.Tensor:
+        found = shards.whole(tensor)
+        gathered.append(weakref.ref(found))
+        held.append(sum(t.numel() for ref in gathered if (t := ref()) is not None))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "whole", recorded)
+        patch.setattr(moments, "whole", recorded)
+        model.scheduler.update()
+    return held
+
+
+def test_an_update_holds_one_layer_whole_at_a_time() -> None:
+    """Its weight and the two moments of Adam at most."""
+    largest = max(mask.numel() for mask in sparsefx.masks(sparsefx.sparsify(blocks(), 0.2)).values())
+    for held in ranks.run(gathering_rank):
+        assert len(held) >= 15
+        assert max(held) <= 3 * largest
+
+
+def reduced_rank(rank: int) -> tuple:
+    """Accumulation without synchronization, reduced in another type than the parameters'."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(2, torch.float32, mp_policy=policy)
+    optimizer = MOMENTUM(model.parameters())
+    model.scheduler.attach(optimizer, **SCHEDULE)
+    data = parts(batches(18, torch.float32), rank, 2)
+    for start in range(0, 18, 2):
+        for i, batch in enumerate(data[start : start + 2]):
+            model.set_requires_gradient_sync(i == 1)
+            (loss_of(model, batch) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole_state(model), dict(sparsefx.masks(model)), len(model.scheduler.history)
+
+
+def test_accumulation_reduced_in_another_type_keeps_counts_and_zeros() -> None:
+    one, other = ranks.run(reduced_rank)
+    assert one[2] == 2
+    for key, mask in one[1].items():
+        assert torch.equal(mask, other[1][key])
+        assert not one[0][key][~mask].any()
+        assert one[0][key].isfinite().all()
+    assert sum(int(m.sum()) for m in one[1].values()) == round(0.2 * sum(m.numel() for m in one[1].values()))
