@@ -13,10 +13,11 @@ Every finished run is a row of the results file, so that an interrupted series g
 import argparse
 import fcntl
 import json
+import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import sparsefx
 from sparsefx.models import LeNet5Caffe, LeNet300
 
 MODELS: dict[str, type[nn.Module]] = {"lenet300": LeNet300, "lenet5": LeNet5Caffe}
-KEY = ("model", "density", "window", "granularity", "epochs", "seed")
+KEY = ("model", "density", "window", "granularity", "clip", "epochs", "seed")
 
 
 def load(root: Path, download: bool, train: bool) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(args: argparse.Namespace, seed: int, data: tuple[Tensor, ...]) -> dict:
-    """Train one network and return its row of the results file."""
+    """Train one network and return its row of the results file; a run whose loss is no number any more stops there."""
     images, labels, test_images, test_labels = data
     torch.manual_seed(seed)
     model = MODELS[args.model]().to(memory_format=torch.channels_last)
@@ -80,11 +81,14 @@ def train(args: argparse.Namespace, seed: int, data: tuple[Tensor, ...]) -> dict
     best_valid, best_valid_test = 100.0, 100.0
     seconds = 0.0
     bar = tqdm(range(args.epochs), desc=f"{args.model} {args.density:g} seed {seed}", disable=args.quiet)
-    for _ in bar:
+    diverged = None
+    for epoch in bar:
         start = time.perf_counter()
         for index in kept[torch.randperm(len(kept))].split(args.batch)[:steps_per_epoch]:
             loss = F.cross_entropy(model(images[index]), labels[index])
             loss.backward()
+            if args.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -93,16 +97,21 @@ def train(args: argparse.Namespace, seed: int, data: tuple[Tensor, ...]) -> dict
         if error < best_valid:
             best_valid, best_valid_test = error, evaluate(model, test_images, test_labels)
         bar.set_postfix(valid=f"{error:.2f}%")
+        if not math.isfinite(loss.item()):  # pyright: ignore[reportPossiblyUnboundVariable]
+            diverged = epoch + 1
+            break
     return {
         "model": args.model,
         "density": args.density,
         "window": args.window if args.density < 1 else None,
         "granularity": args.granularity if args.density < 1 else None,
+        "clip": args.clip,
         "epochs": args.epochs,
         "seed": seed,
         "test_error": evaluate(model, test_images, test_labels),
         "test_error_at_best_valid": best_valid_test,
         "valid_error": best_valid,
+        "diverged_in_epoch": diverged,
         "train_seconds": round(seconds, 1),
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
@@ -127,30 +136,35 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def save(path: Path, row: dict) -> None:
-    """Add or replace a row, atomically."""
+def save(path: Path, row: dict, names: Sequence[str] = KEY) -> None:
+    """Add a row, or replace the one of the same names, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        rows = [r for r in read(path) if any(r[k] != row[k] for k in KEY)] + [row]
-        rows.sort(key=lambda r: tuple(str(r[k]) for k in KEY))
+        rows = [r for r in read(path) if key(r, names) != key(row, names)] + [row]
+        rows.sort(key=lambda r: [str(value) for value in key(r, names)])
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(rows, indent=1))
         os.replace(temporary, path)
 
 
+def key(row: dict, names: Sequence[str] = KEY) -> list:
+    """What tells runs apart; rows from before an option was there have its default, None."""
+    return [row.get(name) for name in names]
+
+
 def report(rows: list[dict]) -> str:
-    """Mean test error and its standard error for each setting."""
-    lines = ["| network | density | window | granularity | epochs | seeds | test error % | at best validation % |"]
-    lines.append("|" + "---|" * 8)
-    settings = sorted({tuple(str(r[k]) for k in KEY[:-1]) for r in rows})
-    for setting in settings:
-        mine = [r for r in rows if tuple(str(r[k]) for k in KEY[:-1]) == setting]
-        cells = []
+    """Mean test error and its standard error for each setting, over the runs that did not diverge."""
+    lines = [f"| {' | '.join(KEY[:-1])} | runs | diverged | test error % | at best validation % |"]
+    lines.append("|" + "---|" * (len(KEY) + 3))
+    for setting in sorted({tuple(str(value) for value in key(r)[:-1]) for r in rows}):
+        runs = [r for r in rows if tuple(str(value) for value in key(r)[:-1]) == setting]
+        mine = [r for r in runs if r.get("diverged_in_epoch") is None]
+        cells = [str(len(runs)), str(len(runs) - len(mine))]
         for field in ("test_error", "test_error_at_best_valid"):
             errors = np.array([r[field] for r in mine])
             spread = errors.std(ddof=1) / len(errors) ** 0.5 if len(errors) > 1 else float("nan")
-            cells.append(f"{errors.mean():.2f} +- {spread:.2f}")
-        lines.append("| " + " | ".join([*setting, str(len(mine)), *cells]) + " |")
+            cells.append(f"{errors.mean():.2f} +- {spread:.2f}" if len(errors) else "")
+        lines.append("| " + " | ".join([*setting, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -160,6 +174,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.05, help="fraction of weights that exist; 1 trains dense")
     parser.add_argument("--granularity", default="weight", help="weight, channel, column:16, block:4:4")
     parser.add_argument("--window", default="auto", help="dense_grad_window: auto, always, or a number of steps")
+    parser.add_argument("--clip", type=float, help="clip the gradient's norm; the paper does not")
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=100)
@@ -182,7 +197,7 @@ def main() -> None:
         wanted = {**vars(args), "seed": seed}
         if args.density == 1:
             wanted["window"] = wanted["granularity"] = None
-        if any(all(r[k] == wanted[k] for k in KEY) for r in read(args.out)):
+        if any(key(r) == key(wanted) for r in read(args.out)):
             continue
         row = train(args, seed, data)
         save(args.out, row)
