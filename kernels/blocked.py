@@ -1,7 +1,8 @@
-"""Operators on blocked activations `[ceil(N / 16), C, H, W, 16]`: the borders of a region, and what runs inside one.
+"""Operators on batch-innermost activations: the borders of a region, and what runs inside one.
 
-Each is an autograd function over a kernel that is opaque to torch.compile and called directly in eager mode. Lanes
-beyond the N images are zero in every tensor.
+On the CPU they are blocked, `[ceil(N / 16), C, H, W, 16]`, on CUDA `[C, H, W, N]`. Each operator is an autograd
+function over a kernel that is opaque to torch.compile and called directly in eager mode. Lanes beyond the N images are
+zero in every tensor.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsefx.kernels import chwn
 from sparsefx.kernels.cpu.abi import BLOCK
 from sparsefx.kernels.cpu.layout import from_blocked, to_blocked
 from sparsefx.kernels.cpu.norm import batch_norm_backward, batch_norm_forward
@@ -18,13 +20,20 @@ from sparsefx.kernels.reference import Dense
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
 
 
+def is_blocked(device: torch.device) -> bool:
+    """Whether a device's batch-innermost activations are blocked; else they are `[C, H, W, N]`."""
+    return device.type != "cuda"
+
+
 def enter(x: Tensor) -> Tensor:
-    """Convert `[N, C, H, W]` to `[ceil(N / 16), C, H, W, 16]`."""
-    return _EnterRegion.apply(x)
+    """Convert `[N, C, H, W]` to the device's batch-innermost layout."""
+    return _EnterRegion.apply(x) if is_blocked(x.device) else chwn.enter(x)
 
 
 def leave(x: Tensor, images: int, channels_last: bool) -> Tensor:
-    """Convert `[ceil(images / 16), C, H, W, 16]` to `[images, C, H, W]`, contiguous or channels_last."""
+    """Convert batch-innermost activations to `[images, C, H, W]`, contiguous or channels_last."""
+    if x.dim() == 4:
+        return chwn.leave(x, channels_last)
     return _LeaveRegion.apply(x, images, channels_last)
 
 
@@ -355,4 +364,4 @@ def _leave(spec: ConvSpec | None, x: Tensor) -> Tensor:
 def _shaped(spec: ConvSpec | None, x: Tensor) -> Tensor:
     """A plain tensor of the shape of `x`, whose contents nobody reads."""
     assert spec is not None
-    return x.new_empty((spec.images, *x.shape[1:4]))
+    return x.new_empty((spec.images, *x.shape[-4:-1]))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsefx.kernels.runtime import Runtime
-from sparsefx.kernels.spec import ConvSpec, is_channels_last
+from sparsefx.kernels.spec import ConvSpec, channels, is_channels_last
 
 # What an operator runs changes with the mask and the window, so that Inductor must not freeze it in a CUDA graph.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -21,14 +21,14 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: i
     """Convolution with a masked weight.
 
     Args:
-        x: `[N, I, *space]`, or blocked, `[ceil(images / 16), I, H, W, 16]`.
+        x: `[N, I, *space]`, blocked, `[ceil(images / 16), I, H, W, 16]`, or `[I, H, W, images]`.
         weight: `[O, I / groups, *taps]`, zero where `mask` is False; `[I, O / groups, *taps]` where transposed.
         bias: `[O]` or None.
         mask: Bool, of the weight's shape.
         handle: Of the layer's `Runtime`.
-        spec: Geometry, and whether activations are blocked.
+        spec: Geometry, and whether activations are batch-innermost.
     Returns:
-        `[N, O, *space]`, blocked like `x`. The weight's gradient is zero where the mask is False.
+        `[N, O, *space]`, laid out like `x`. The weight's gradient is zero where the mask is False.
     """
     if torch.compiler.is_compiling():
         return torch.ops.sparsefx.conv(x, weight, bias, mask, handle, *spec)
@@ -99,7 +99,7 @@ def _conv_op(
 def _(x, weight, bias, mask, handle, *args):
     spec = ConvSpec(*args)
     if spec.images:
-        return x.new_empty((x.shape[0], weight.shape[0], *spec.space(x, weight), x.shape[4]))
+        return x.new_empty(spec.innermost(x, weight))
     out = torch.ops.aten.convolution(x, weight, bias, *spec.geometry)
     return _strided(torch.empty_like(out, memory_format=torch.contiguous_format), x)
 
@@ -130,13 +130,15 @@ def _conv_backward_op(
 
 
 @_conv_backward_op.register_fake
-def _(grad, x, weight, mask, handle, stride, padding, dilation, transposed, output_padding, groups, images, wanted):
+def _(grad, x, weight, mask, handle, *args):
+    *geometry, wanted = args
+    spec = ConvSpec(*geometry)
     return (
         _strided(torch.empty_like(x, memory_format=torch.contiguous_format), x) if wanted[0] else x.new_empty(0),
         _strided(torch.empty_like(weight, memory_format=torch.contiguous_format), weight)
         if wanted[1]
         else weight.new_empty(0),
-        grad.new_empty(grad.shape[1]) if wanted[2] else grad.new_empty(0),
+        grad.new_empty(channels(grad, spec)) if wanted[2] else grad.new_empty(0),
     )
 
 

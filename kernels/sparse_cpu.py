@@ -35,7 +35,7 @@ class SparseCpu:
     @staticmethod
     def supports(spec: ConvSpec | None, x: Tensor, mask: Tensor) -> bool:
         """Whether the kernels cover a call."""
-        shape = spec is None or (not spec.transposed and mask.dim() == 4)
+        shape = spec is None or (not spec.transposed and mask.dim() == 4 and not (spec.images and x.dim() == 4))
         return shape and x.device.type == "cpu" and x.dtype in _TYPES and x.numel() > 0
 
     def fprop(self, spec: ConvSpec | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,6 +17,8 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 class SparseGpu:
     """The sparse backend for one mask: ungrouped 2-D convolutions and linear layers in fp32, fp16 and bf16.
 
+    Plain activations are converted to `[C, H, W, N]` and back at each call, those of a region are not.
+
     Lists are built at the first call with a size and type, and rewritten in place by `update_`, so that captured CUDA
     graphs stay valid. On CPU tensors the kernels run in Triton's interpreter, slowly: for tests.
     """
@@ -32,7 +34,7 @@ class SparseGpu:
     @staticmethod
     def supports(spec: ConvSpec | None, x: Tensor, mask: Tensor) -> bool:
         """Whether the kernels cover a call."""
-        shape = spec is None or not (spec.transposed or spec.images or spec.groups != 1 or mask.dim() != 4)
+        shape = spec is None or not (spec.transposed or spec.groups != 1 or mask.dim() != 4)
         return shape and x.dtype in _TYPES and x.numel() > 0
 
     def update_(self, mask: Tensor) -> None:
@@ -51,37 +53,47 @@ class SparseGpu:
 
     def fprop(self, spec: ConvSpec | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Output of the layer."""
-        source = self._enter(x)
-        out = self._plan_of(x).fprop(source, weight.detach(), bias, precision=precision_of(x.dtype, spec is None))
-        return self._leave(out, x)
+        source = self._enter(spec, x)
+        plan = self._plan_of(spec, x)
+        out = plan.fprop(source, weight.detach(), bias, precision=precision_of(x.dtype, spec is None))
+        return self._leave(spec, out, x)
 
     def dgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the input."""
-        hw = (1, 1) if spec is None else (x.shape[2], x.shape[3])
         precision = precision_of(x.dtype, spec is None)
-        out = self._plan_of(x).dgrad(self._enter(grad), weight.detach(), hw, precision=precision)
-        return self._leave(out, x)
+        source, (hw, _) = self._enter(spec, grad), self._size(spec, x)
+        out = self._plan_of(spec, x).dgrad(source, weight.detach(), hw, precision=precision)
+        return self._leave(spec, out, x)
 
     def wgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         """Gradient of the existing weights, zero at the missing ones."""
         precision = precision_of(x.dtype, spec is None)
-        return self._plan_of(x).wgrad(self._enter(grad), self._enter(x), weight.detach(), precision=precision)
+        source, grads = self._enter(spec, x), self._enter(spec, grad)
+        return self._plan_of(spec, x).wgrad(grads, source, weight.detach(), precision=precision)
 
-    def _plan_of(self, x: Tensor) -> LayerPlan:
-        if self.geometry.op == "linear":
-            return self.plan(x.dtype, (1, 1), x.numel() // x.shape[-1])
-        return self.plan(x.dtype, (x.shape[2], x.shape[3]), x.shape[0])
+    def _size(self, spec: ConvSpec | None, x: Tensor) -> tuple[tuple[int, int], int]:
+        """Height and width, and the number of images."""
+        if spec is None:
+            return (1, 1), x.numel() // x.shape[-1]
+        if spec.images:
+            return (x.shape[1], x.shape[2]), x.shape[3]
+        return (x.shape[2], x.shape[3]), x.shape[0]
 
-    def _enter(self, x: Tensor) -> Tensor:
-        """`x` as `[C, H, W, N]`."""
+    def _plan_of(self, spec: ConvSpec | None, x: Tensor) -> LayerPlan:
+        return self.plan(x.dtype, *self._size(spec, x))
+
+    def _enter(self, spec: ConvSpec | None, x: Tensor) -> Tensor:
+        """`x` as `[C, H, W, N]`; inside a region it is."""
         x = x.detach()
-        if self.geometry.op != "linear":
-            return to_chwn(x)
+        if spec is not None:
+            return x.contiguous() if spec.images else to_chwn(x)
         rows = x.reshape(-1, x.shape[-1])
         return transpose(rows).view(x.shape[-1], 1, 1, len(rows))
 
-    def _leave(self, out: Tensor, x: Tensor) -> Tensor:
+    def _leave(self, spec: ConvSpec | None, out: Tensor, x: Tensor) -> Tensor:
         """`[C, H, W, N]` in the layout of `x`."""
-        if self.geometry.op == "linear":
+        if spec is not None and spec.images:
+            return out
+        if spec is None:
             return transpose(out.flatten(1)).view(*x.shape[:-1], len(out))
         return from_chwn(out, torch.channels_last if is_channels_last(x) else torch.contiguous_format)

@@ -10,7 +10,8 @@ class ConvSpec(NamedTuple):
     """Arguments of `aten.convolution` beside its tensors.
 
     Weights are `[O, I / groups, *taps]`, or `[I, O / groups, *taps]` where `transposed`. Activations are
-    `[N, C, *space]`, or blocked, `[ceil(N / 16), C, H, W, 16]`, of `images` images where that is not 0.
+    `[N, C, *space]`; where `images` is not 0 they are of so many images and batch-innermost: blocked,
+    `[ceil(images / 16), C, H, W, 16]`, or `[C, H, W, images]`.
     """
 
     stride: list[int]
@@ -31,10 +32,17 @@ class ConvSpec(NamedTuple):
         """A hashable form of the geometry."""
         return tuple(tuple(v) if isinstance(v, list) else v for v in self.geometry)
 
-    def space(self, x: Tensor, weight: Tensor) -> list[int]:
-        """Sizes of the output of a convolution that is not transposed."""
-        sizes = zip(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=False)
-        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    def innermost(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+        """The shape of the output of a convolution of batch-innermost activations."""
+        *outer, height, width, lanes = x.shape
+        sizes = zip((height, width), weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        space = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+        return (*outer[:-1], weight.shape[0], *space, lanes)
+
+
+def channels(x: Tensor, spec: ConvSpec) -> int:
+    """Number of channels of activations."""
+    return x.shape[0] if spec.images and x.dim() == 4 else x.shape[1]
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -46,6 +54,8 @@ def bias_grad(grad: Tensor, spec: ConvSpec | None) -> Tensor:
     """Sum `grad`, `[N, O, *space]` for a convolution or `[..., O]` for a linear layer, to `[O]`."""
     if spec is None:
         return grad.reshape(-1, grad.shape[-1]).sum(0)
+    if spec.images and grad.dim() == 4:
+        return grad.flatten(1).sum(1)
     if spec.images:  # contiguous runs, which torch sums several times faster than all dimensions at once
         return grad.flatten(2).sum(2).sum(0)
     return grad.sum([d for d in range(grad.dim()) if d != 1])

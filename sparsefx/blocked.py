@@ -1,6 +1,7 @@
-"""What a region of the layout pass runs: layers and functions on activations `[ceil(N / 16), C, H, W, 16]`.
+"""What a region of the layout pass runs: layers and functions on batch-innermost activations.
 
-Each takes the number N of images where it needs it; lanes beyond them are zero and stay so.
+On the CPU they are `[ceil(N / 16), C, H, W, 16]`, on CUDA `[C, H, W, N]`. Each function takes the number N of images
+where it needs it; lanes beyond them are zero and stay so.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,12 @@ def conv(layer: SparseConv2d, x: Tensor, images: int, residual: Tensor | None = 
 def batch_norm(
     layer: nn.BatchNorm2d, x: Tensor, images: int, residual: Tensor | None = None, relu: bool = False
 ) -> Tensor:
-    """The layer on blocked activations, then `+ residual`, then a ReLU; running statistics as torch keeps them."""
+    """The layer, then `+ residual`, then a ReLU; running statistics as torch keeps them."""
+    if x.dim() == 4:
+        c, h, w, n = x.shape
+        out = nn.BatchNorm2d.forward(layer, x.reshape(1, c, h * w, n)).view(x.shape)
+        out = out if residual is None else out.add_(residual)
+        return torch.relu_(out) if relu else out
     factor = 0.0 if layer.momentum is None else layer.momentum
     if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
@@ -66,6 +72,8 @@ def max_pool2d(
     x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Tensor:
     """`torch.nn.functional.max_pool2d`."""
+    if x.dim() == 4:
+        return pool(F.max_pool2d, x, kernel_size, stride, padding, dilation, ceil_mode)
     kernel, padded = _pair(kernel_size), _pair(padding)
     geometry = kernels.Pool((x.shape[2], x.shape[3]), kernel, _pair(stride) if stride else kernel, padded)
     fits = all(0 <= 2 * p <= k for k, p in zip(kernel, padded, strict=True)) and kernel[0] * kernel[1] <= 256
@@ -85,19 +93,26 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def pool(function: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A pooling of torch's, natively on the channels_last view of the same memory."""
+    if x.dim() == 4:
+        return function(x.contiguous().permute(0, 3, 1, 2), *args, **kwargs).permute(0, 2, 3, 1).contiguous()
     return from_channels_last(function(as_channels_last(x.contiguous()), *args, **kwargs), x.shape[1])
 
 
 def mean(x: Tensor) -> Tensor:
-    """Mean over height and width, `[B, C, 1, 1, 16]`."""
-    return x.mean((2, 3), keepdim=True)
+    """Mean over height and width, both 1 afterwards."""
+    return x.mean((-3, -2), keepdim=True)
+
+
+def cat(parts: list[Tensor]) -> Tensor:
+    """Concatenate channels."""
+    return torch.cat(parts, -4)
 
 
 def saturate(function: Callable[..., Tensor], x: Tensor, images: int, *args: Any, **kwargs: Any) -> Tensor:
     """An elementwise function that maps zero to something else, with lanes beyond the images zero again."""
     out = function(x, *args, **kwargs)
     rest = images % BLOCK
-    if rest == 0:
+    if rest == 0 or x.dim() == 4:
         return out
     exists = torch.ones(out.shape[0], 1, 1, 1, BLOCK, dtype=out.dtype)
     exists[-1, ..., rest:] = 0
@@ -106,11 +121,11 @@ def saturate(function: Callable[..., Tensor], x: Tensor, images: int, *args: Any
 
 def dropout(function: Callable[..., Tensor], x: Tensor, images: int, *args: Any, **kwargs: Any) -> Tensor:
     """A dropout of torch's, of the same elements as on `[N, C, H, W]`."""
-    kept = function(x.new_ones((images, *x.shape[1:4])), *args, **kwargs)
+    kept = function(x.new_ones((images, *x.shape[-4:-1])), *args, **kwargs)
     return x * enter(kept)
 
 
 def size(x: Tensor, images: int, dim: int | None = None) -> Any:
     """`x.size()` or `x.size(dim)` of the activations as the model knows them."""
-    shape = torch.Size((images, *x.shape[1:4]))
+    shape = torch.Size((images, *x.shape[-4:-1]))
     return shape if dim is None else shape[dim]

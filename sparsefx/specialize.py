@@ -153,7 +153,7 @@ class Specializer:
     ) -> Backend:
         """The backend for one pass of one call."""
         plan = self._plan(runtime, mask, None, look=kind == "fprop" and mask.device.type == "cpu")
-        key = (kind, x.shape, x.dtype, "blocked" if spec is not None and spec.images else _format(x))
+        key = (kind, x.shape, x.dtype, "innermost" if spec is not None and spec.images else _format(x))
         name = plan.choices.get(key)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             # A captured graph outlives the mask: it may hold dense kernels and those whose lists change in place.
@@ -174,7 +174,7 @@ class Specializer:
         known = self._known(entry, names, f"{self.identity} ")
         if known is None:
             start = time.perf_counter()
-            times = interleaved(calls, torch.device("cpu"))
+            times = interleaved(calls, torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
             times[0] *= _MARGIN
             known = self._keep(entry, names[times.index(min(times))], f"{self.identity} ")
             self.seconds += time.perf_counter() - start
@@ -213,7 +213,7 @@ class Specializer:
         key = (name, spec.key if spec else None)
         if key not in plan.backends:
             plan.backends[key] = BACKENDS[name](plan.mask, spec)
-        if spec is None or not spec.images or isinstance(plan.backends[key], SparseCpu):
+        if spec is None or not spec.images or name == "sparse":
             return plan.backends[key]
         return CONVERTED_DENSE if name == "dense" else Converted(plan.backends[key])
 

@@ -1,6 +1,7 @@
-"""The layout pass: regions of a graph whose activations stay blocked, `[ceil(N / 16), C, H, W, 16]`.
+"""The layout pass: regions of a graph whose activations stay batch-innermost.
 
-A region starts at a sparse convolution and reaches as far as every operator works on blocked activations. Conversions
+On the CPU that is blocked, `[ceil(N / 16), C, H, W, 16]`, on CUDA `[C, H, W, N]`. A region starts at a sparse
+convolution and reaches as far as every operator works on such activations. Conversions
 stand at its borders only; a value is converted once, and never back to what it was converted from.
 """
 
@@ -21,7 +22,8 @@ from sparsefx.layers import SparseConv2d
 
 Node = Any
 """An `fx.Node`, whose targets and arguments are typed too widely to follow."""
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+"""What regions compute in, by type of device."""
 _KEEP_ZERO = {
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Tanh, nn.Identity,
     torch.relu, torch.relu_, torch.tanh, F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.leaky_relu, F.elu, F.mish,
@@ -40,11 +42,12 @@ _IN_PLACE = {operator.iadd, operator.imul, torch.relu_, "relu_", "add_", "mul_"}
 
 @dataclass(frozen=True)
 class Value:
-    """What a node of the graph computed when it was run: shape, dtype, and whether in channels_last."""
+    """What a node of the graph computed when it was run: shape, dtype, whether in channels_last, and where."""
 
     shape: torch.Size
     dtype: torch.dtype
     last: bool
+    device: str
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)
-        if isinstance(out, Tensor) and out.device.type == "cpu":
-            self.values[n] = Value(out.shape, out.dtype, is_channels_last(out))
+        if isinstance(out, Tensor):
+            self.values[n] = Value(out.shape, out.dtype, is_channels_last(out), out.device.type)
         return out
 
 
@@ -152,7 +155,9 @@ class _Layout:
     def _image(self, node: Any) -> bool:
         """Whether a value is a batch of images of a type that the kernels know."""
         value = self.values.get(node) if isinstance(node, fx.Node) else None
-        return value is not None and len(value.shape) == 4 and value.dtype in DTYPES and value.shape.numel() > 0
+        if value is None or value.dtype not in DTYPES.get(value.device, ()):
+            return False
+        return len(value.shape) == 4 and value.shape.numel() > 0
 
     def _builder(self, node: Node, kind: Any, module: nn.Module | None) -> Callable[[Node], None] | None:
         """How to compute the node in blocks; None if it stays as it is."""
@@ -221,7 +226,7 @@ class _Layout:
     def _cat(self, node: Node) -> None:
         parts = _arguments(node, ("tensors", None))[0]
         args = [self.blocked(p) for p in parts]
-        self._put(node, self.new.call_function(torch.cat, (args, 1)), parts[0])
+        self._put(node, self.new.call_function(blocked.cat, (args,)), parts[0])
 
     def _pair(self, node: Node, kind: Any) -> Callable[[Node], None] | None:
         """Sums and products of images of one shape, or with one value a channel; products with a number."""

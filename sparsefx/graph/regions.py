@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class Chooser:
                 self._generation = getattr(self.choose, "generation", 0)
                 self._choices.clear()
             if key not in self._choices:
-                if observed(self.model):
+                if observed(self.model) or _capturing():
                     return self.plain(self.model, *inputs)
                 self._choices[key] = self._choice(key, inputs)
             fast = self.compiled = self._choices[key]
@@ -138,7 +139,8 @@ def observed(model: nn.Module) -> bool:
 
 def call_key(inputs: tuple[Tensor, ...]) -> tuple:
     """What the choice depends on: shapes and types, whether there will be a backward pass, autocast."""
-    cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    device = inputs[0].device.type if inputs else "cpu"
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return torch.is_grad_enabled(), cast, *((x.shape, x.dtype) for x in inputs)
 
 
@@ -178,7 +180,13 @@ def _distance(one: Any, other: Any) -> float:
 
 
 def _ordinary(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0
+    known = x.dtype in DTYPES.get(x.device.type, ()) and (not x.is_cuda or find_spec("triton") is not None)
+    return type(x) in (Tensor, nn.Parameter) and known and x.numel() > 0
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be measured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def function(graph: fx.Graph) -> Callable[..., Any]:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from examples import mnist
 
-SETTINGS = {"model": "lenet300", "density": 0.2, "granularity": "weight", "window": "auto", "clip": None, "batch": 20, "quiet": True}
+SETTINGS = {
+    "model": "lenet300",
+    "density": 0.2,
+    "granularity": "weight",
+    "window": "auto",
+    "clip": None,
+    "batch": 20,
+    "quiet": True,
+}
 
 
 def synthetic(count: int, noise: float = 0.3) -> tuple[Tensor, Tensor]:

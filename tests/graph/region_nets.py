@@ -140,3 +140,29 @@ def conversions(model: Any) -> tuple[int, int]:
 def relative(got: Tensor, wanted: Tensor) -> float:
     """||got - wanted|| / ||wanted||."""
     return float((got.detach().double() - wanted.detach().double()).norm() / wanted.detach().double().norm())
+
+
+def assert_equals_twin(kind: str, x: Tensor, training: bool) -> Any:
+    """Check two steps of a network against its masked dense twin in float64; returns the sparse model."""
+    model, twin = pair(NETS[kind](), x)
+    for net in (model, twin):
+        net.train(training)
+    for module in [*model.modules(), *twin.modules()]:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for _ in range(2):
+        one, other = x.clone().requires_grad_(), x.double().requires_grad_()
+        out, wanted = model(one), twin(other)
+        out.square().sum().backward()
+        wanted.square().sum().backward()
+        assert relative(out, wanted) < 1e-5
+        assert relative(one.grad, other.grad) < 1e-5
+    masks = sparsefx.masks(model)
+    for name, parameter in twin.named_parameters():
+        grad = parameter.grad
+        assert grad is not None
+        grad = grad * masks[name] if name in masks else grad
+        assert relative(model.get_parameter(name).grad, grad) < 2e-5, name
+    for name, buffer in twin.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name).double(), buffer.double(), rtol=1e-5, atol=1e-6)
+    return model

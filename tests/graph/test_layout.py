@@ -11,7 +11,7 @@ import sparsefx
 from sparsefx import blocked
 from sparsefx.errors import TraceWarning
 from sparsefx.layers import sparse_layers
-from tests.graph.region_nets import NETS, Net, Residual, conversions, in_regions, pair, relative
+from tests.graph.region_nets import NETS, Net, Residual, assert_equals_twin, conversions, in_regions, pair, relative
 
 __all__ = ["in_regions"]
 pytestmark = pytest.mark.usefixtures("in_regions")
@@ -25,28 +25,7 @@ def image(n: int = 5, size: int = 12) -> torch.Tensor:
 @pytest.mark.parametrize("images", [5, 33])
 @pytest.mark.parametrize("training", [True, False])
 def test_equals_the_masked_dense_model(kind, images, training):
-    x = image(images)
-    model, twin = pair(NETS[kind](), x)
-    for net in (model, twin):
-        net.train(training)
-    for module in [*model.modules(), *twin.modules()]:
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    for _ in range(2):
-        one, other = x.clone().requires_grad_(), x.double().requires_grad_()
-        out, wanted = model(one), twin(other)
-        out.square().sum().backward()
-        wanted.square().sum().backward()
-        assert relative(out, wanted) < 1e-5
-        assert relative(one.grad, other.grad) < 1e-5
-    masks = sparsefx.masks(model)
-    for name, parameter in twin.named_parameters():
-        grad = parameter.grad
-        assert grad is not None
-        grad = grad * masks[name] if name in masks else grad
-        assert relative(model.get_parameter(name).grad, grad) < 2e-5, name
-    for name, buffer in twin.named_buffers():
-        torch.testing.assert_close(model.get_buffer(name).double(), buffer.double(), rtol=1e-5, atol=1e-6)
+    assert_equals_twin(kind, image(images), training)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "wrn", "densenet", "mobilenet"])
