@@ -57,16 +57,21 @@ class Amortized:
         return asdict(self)
 
 
-def amortize(outside: Sequence[float], inside: "WindowTimes", window: int, interval: int = INTERVAL) -> Amortized:
+def amortize(
+    outside: Sequence[float], inside: "WindowTimes | None", window: int, interval: int = INTERVAL
+) -> Amortized:
     """Average a step over an interval with one window and one update.
 
     Args:
         outside: Seconds of steps outside the window.
-        inside: Of steps inside.
+        inside: Of steps inside; None where masks never move, as at density 1.
         window: Steps inside the window in each interval.
     Raises:
         ValueError: no update was timed.
     """
+    if inside is None:
+        step = 1e3 * statistics.median(outside)
+        return Amortized(step, step, 0.0, 0.0, 0, interval, step)
     if not inside.updates or not inside.after:
         raise ValueError("amortize: expected times of an update and of the step after it, got none; use more rounds")
     out, within, update = (1e3 * statistics.median(t) for t in (outside, inside.steps, inside.updates))

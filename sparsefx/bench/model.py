@@ -51,16 +51,22 @@ def bench_model(setting: Setting, request: Request, say: Say = print) -> dict[st
     say("sparse: building and choosing backends")
     outside = sparse(setting, request.batch, request.density, request.masks)
     every = max(3, request.rounds // 3)
-    inside = sparse(setting, request.batch, request.density, request.masks, window=every)
-    times = WindowTimes(inside)
-    for trainer in (outside, inside):
-        trainer.step()
-        trainer.step()
-    for _ in range(every - 2):
-        inside.step()
-    say(f"training step: {request.rounds} rounds of {', '.join(trainers)}, sparse, sparse in the window")
+    moves = outside.scheduler.window.length > 0
+    inside = sparse(setting, request.batch, request.density, request.masks, window=every) if moves else None
+    times = None if inside is None else WindowTimes(inside)
+    for _ in range(2):
+        outside.step()
+    for _ in range(every):
+        if inside is not None:
+            inside.step()
+    say(
+        f"training step: {request.rounds} rounds of {', '.join(trainers)}, sparse{', in and out of the window' * moves}"
+    )
     calls = {name: trainer.step for name, trainer in trainers.items()}
-    measured = interleaved({**calls, "sparse": outside.step, "window": times.step}, _whole(request.rounds, every))
+    calls["sparse"] = outside.step
+    if times is not None:
+        calls["window"] = times.step
+    measured = interleaved(calls, _whole(request.rounds, every))
     best = min((name for name in trainers if name not in HALF), key=lambda name: statistics.median(measured[name]))
     window = moments.memory(outside.optimizer.param_groups[0])
     average = amortize(measured["sparse"], times, window)
@@ -90,7 +96,7 @@ def _more(
     trainers: dict[str, Trainer],
     best: str,
     outside: Trainer,
-    inside: Trainer,
+    inside: Trainer | None,
     average: Amortized,
     say: Say,
 ) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def _more(
         row["memory"] = {
             "dense_activations": activation_bytes(eager),
             "sparse_activations": activation_bytes(outside),
-            **sparse_bytes(inside),
+            **sparse_bytes(inside or outside),
         }
     if "breakdown" in request.parts:
         say("breakdown by kind of work")
@@ -110,8 +116,9 @@ def _more(
         row["breakdown"] = {
             "dense": breakdown(trainers[eager]) if eager in trainers else None,
             "sparse": breakdown(outside),
-            "sparse in the window": breakdown(_after_update(inside), steps=1),
         }
+        if inside is not None:
+            row["breakdown"]["sparse in the window"] = breakdown(_after_update(inside), steps=1)
         parts = row["breakdown"]["sparse"]
         row["optimizer_share"] = parts.get("optimizer and masks", 0.0) / sum(parts.values())
     if "inference" in request.parts:
@@ -224,7 +231,7 @@ def _epoch(setting: Setting, request: Request, best: Trainer, say: Say) -> dict[
                 trainer.step()
             spent[name] += time.perf_counter() - start
         done += count
-    assert len(ours.history) == 1
+    assert len(ours.history) == (ours.scheduler.window.length > 0)
     return {
         "dense_ms": 1e3 * spent["dense"],
         "sparse_ms": 1e3 * spent["sparse"],

@@ -48,6 +48,14 @@ def test_a_row_is_consistent():
     assert markdown([row, {"model": "x", "error": "y"}]).count("\n") == 2
 
 
+def test_a_network_with_all_its_weights_has_no_window_and_no_update():
+    row = bench_model(TINY, Request(16, 1.0, parts=("memory", "breakdown"), rounds=3, compiled=False), str)
+    assert row["density"] == 1
+    assert (row["sparse"]["window"], row["sparse"]["update"]) == (0, 0)
+    assert row["ratio"] == row["ratio_without_window"]
+    assert set(row["breakdown"]) == {"dense", "sparse"}
+
+
 def test_a_baseline_that_fails_is_named_and_left_out(monkeypatch):
     real = trainers.dense
 
