@@ -6,7 +6,7 @@ weights exists. Single weights leave few such columns empty; `granularity=("colu
     python -m examples.granularity --mnist data --cifar10 ../shared/data/cifar10 --plot results/granularity.svg
     python -m examples.granularity --report --plot results/granularity.svg
 
-Networks are LeNet-5 on MNIST (10 epochs) and WRN-10-2 on 10,000 images of CIFAR-10 (6 epochs), at 5%: SGD with Nesterov
+Networks are LeNet-5 on MNIST and WRN-10-2 on 10,000 images of CIFAR-10, at 5%, for 5 epochs: SGD with Nesterov
 momentum 0.9, learning rate 0.1 divided by 10 at half and at three quarters of the training, weight decay 5e-4, an
 update each epoch. The classifier stays dense: of whole channels, 5% would leave it one class. LeNet-5, which has no
 normalization, clips the gradient's norm at 1. Finished runs are rows of the results file; a series goes on.
@@ -60,8 +60,8 @@ class Setup:
 
 
 NETWORKS = {
-    "lenet5": Setup(LeNet5Caffe, ["fc4"], 100, 10, 1.0, plain),
-    "wrn-10-2": Setup(lambda: WideResNet(10, 2), ["fc"], 128, 6, None, cifar10.batches),
+    "lenet5": Setup(LeNet5Caffe, ["fc4"], 100, 5, 1.0, plain),
+    "wrn-10-2": Setup(lambda: WideResNet(10, 2), ["fc"], 128, 5, None, cifar10.batches),
 }
 
 

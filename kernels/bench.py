@@ -13,35 +13,9 @@ from torch import Tensor
 
 from sparsefx.kernels.cpu import ConvPlan, LinearPlan, to_blocked
 from sparsefx.kernels.cpu.abi import load
+from sparsefx.kernels.layer import Layer, random_mask
 
 PASSES = ("fprop", "dgrad", "wgrad")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution `out x inputs x kernel x kernel` on `size x size` maps, or a linear layer where `size` is 0."""
-
-    name: str
-    out: int
-    inputs: int
-    kernel: int
-    size: int
-    batch: int
-    stride: int = 1
-    density: float = 0.05
-
-    @property
-    def shape(self) -> str:
-        """Weight, maps, batch and stride."""
-        if self.size == 0:
-            return f"{self.out}x{self.inputs} b{self.batch}"
-        weight = f"{self.out}x{self.inputs}x{self.kernel}x{self.kernel}"
-        return f"{weight} on {self.size}x{self.size} b{self.batch}" + (f" /{self.stride}" if self.stride > 1 else "")
-
-    @property
-    def padding(self) -> int:
-        """Padding that keeps the size at stride 1."""
-        return self.kernel // 2
 
 
 @dataclass
@@ -123,12 +97,7 @@ def bench_layers(
 
 def clustered(rows: int, layers: Sequence[Layer] = LAYERS) -> dict[str, Tensor]:
     """Random masks of each layer's density, by its name, that exist in columns of `rows` output channels."""
-    masks = {}
-    for layer in layers:
-        shape = (layer.out, layer.inputs) if layer.size == 0 else (layer.out, layer.inputs, layer.kernel, layer.kernel)
-        columns = torch.rand(-(-layer.out // rows), *shape[1:]) < layer.density
-        masks[layer.name] = columns.repeat_interleave(rows, 0)[: layer.out].contiguous()
-    return masks
+    return {layer.name: random_mask(layer, rows) for layer in layers}
 
 
 def _format(r: PassResult) -> str:
@@ -165,7 +134,7 @@ def _bench(layer: Layer, mask: Tensor | None, rounds: int, peak: float, clock: C
         results.append(
             PassResult(
                 layer=layer.name,
-                shape=layer.shape,
+                shape=layer.text,
                 kind=kind,
                 density=plan.density,
                 live_columns=_live_columns(drawn),
@@ -188,17 +157,18 @@ def _bench(layer: Layer, mask: Tensor | None, rounds: int, peak: float, clock: C
 
 
 def _conv(layer: Layer, mask: Tensor | None) -> tuple:
-    mask = _mask(layer, mask, (layer.out, layer.inputs, layer.kernel, layer.kernel))
+    mask = _mask(layer, mask)
     w = torch.randn(mask.shape) * 0.05 * mask
     x = torch.randn(layer.batch, layer.inputs, layer.size, layer.size)
-    plan = ConvPlan(mask, layer.stride, layer.padding)
-    y = F.conv2d(x, w, None, layer.stride, layer.padding)
+    padding = layer.kernel // 2
+    plan = ConvPlan(mask, layer.stride, padding)
+    y = F.conv2d(x, w, None, layer.stride, padding)
     g = torch.randn_like(y)
     xb, gb, hw, n = to_blocked(x), to_blocked(g), (layer.size, layer.size), layer.batch
     dense: dict[str, dict[str, Callable]] = {kind: {} for kind in PASSES}
     for name, memory_format in (("nchw", torch.contiguous_format), ("nhwc", torch.channels_last)):
         a, v, b = (t.contiguous(memory_format=memory_format) for t in (x, w, g))
-        dense["fprop"][name] = lambda a=a, v=v: F.conv2d(a, v, None, layer.stride, layer.padding)
+        dense["fprop"][name] = lambda a=a, v=v: F.conv2d(a, v, None, layer.stride, padding)
         for kind, wanted in (("dgrad", 0), ("wgrad", 1)):
             dense[kind][name] = lambda a=a, v=v, b=b, wanted=wanted: _conv_backward(layer, b, a, v, wanted)
     sparse = {
@@ -215,7 +185,7 @@ def _conv(layer: Layer, mask: Tensor | None) -> tuple:
 
 
 def _conv_backward(layer: Layer, g: Tensor, x: Tensor, w: Tensor, wanted: int) -> Tensor:
-    stride, padding = [layer.stride] * 2, [layer.padding] * 2
+    stride, padding = [layer.stride] * 2, [layer.kernel // 2] * 2
     output_mask = [wanted == 0, wanted == 1, False]
     return torch.ops.aten.convolution_backward(
         g, x, w, None, stride, padding, [1, 1], False, [0, 0], 1, output_mask
@@ -223,7 +193,7 @@ def _conv_backward(layer: Layer, g: Tensor, x: Tensor, w: Tensor, wanted: int) -
 
 
 def _linear(layer: Layer, mask: Tensor | None) -> tuple:
-    mask = _mask(layer, mask, (layer.out, layer.inputs))
+    mask = _mask(layer, mask)
     w, x = torch.randn(mask.shape) * 0.05 * mask, torch.randn(layer.batch, layer.inputs)
     g = torch.randn(layer.batch, layer.out)
     plan = LinearPlan(mask)
@@ -242,10 +212,12 @@ def _linear(layer: Layer, mask: Tensor | None) -> tuple:
     return mask, sparse, dense, w.numel() * layer.batch, exact, plan, (1, 1, layer.batch)
 
 
-def _mask(layer: Layer, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    if mask is not None and tuple(mask.shape) != shape:
-        raise ValueError(f"{layer.name}: expected a mask {shape}, got {tuple(mask.shape)}; pass this layer's mask")
-    return torch.rand(shape) < layer.density if mask is None else mask
+def _mask(layer: Layer, mask: Tensor | None) -> Tensor:
+    if mask is not None and tuple(mask.shape) != layer.shape:
+        raise ValueError(
+            f"{layer.name}: expected a mask {layer.shape}, got {tuple(mask.shape)}; pass this layer's mask"
+        )
+    return random_mask(layer) if mask is None else mask
 
 
 def _live_columns(mask: Tensor) -> float:

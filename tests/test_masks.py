@@ -123,12 +123,13 @@ def test_place_gives_what_does_not_fit_to_layers_where_it_does():
         Units.of(torch.Size((6, 2)), Granularity.parse("channel")),
     ]
 
-    def grow(score, mask, k):
+    scores = [torch.rand(4), torch.rand(6)]
+
+    def grow(layer, mask, k):
         new = mask.clone()
-        new[torch.where(mask, -1.0, score).topk(k).indices] = True
+        new[torch.where(mask, -1.0, scores[layer]).topk(k).indices] = True
         return new
 
-    scores = [torch.rand(4), torch.rand(6)]
     masks = [torch.zeros(4, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)]
-    grown = place(grow, units, scores, masks, [8, 3])
+    grown = place(grow, units, masks, [8, 3])
     assert [int(g.sum()) for g in grown] == [1, 3]

@@ -18,7 +18,6 @@ from sparsefx.kernels.gpu.cases import (
     MASKS,
     PASSES,
     TOYS,
-    Layer,
     Tensors,
     dense_calls,
     draw,
@@ -33,6 +32,7 @@ from sparsefx.kernels.gpu.model import H100, Ceilings, measure_ceilings, predict
 from sparsefx.kernels.gpu.plan import LayerPlan
 from sparsefx.kernels.gpu.plot import scatter
 from sparsefx.kernels.gpu.timing import captured, fp32_precision, medians, with_graphs
+from sparsefx.kernels.layer import Layer
 
 PRECISIONS = {
     "bf16": (torch.bfloat16, "ieee"),

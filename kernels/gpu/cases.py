@@ -1,6 +1,5 @@
 """What the GPU benchmark times: layers, masks, the best dense calls, and the sparse calls."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -12,41 +11,12 @@ from sparsefx.kernels.gpu.choose import choose, precision_of, unit_rows
 from sparsefx.kernels.gpu.layout import to_chwn, transpose
 from sparsefx.kernels.gpu.plan import Geometry, LayerPlan
 from sparsefx.kernels.gpu.timing import Calls
+from sparsefx.kernels.layer import Layer, random_mask
 from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.sparse_gpu import SparseGpu
-from sparsefx.kernels.spec import ConvSpec
 
 PASSES = ("fprop", "dgrad", "wgrad")
 MASKS = ("random", "h8", "h16", "h32", "h64")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution `out x inputs x kernel x kernel` on `size x size` maps, or a linear layer where `size` is 0."""
-
-    name: str
-    out: int
-    inputs: int
-    kernel: int
-    size: int
-    batch: int
-    stride: int = 1
-
-    @property
-    def spec(self) -> ConvSpec | None:
-        """Geometry as the operators take it, None for a linear layer."""
-        if not self.size:
-            return None
-        return ConvSpec([self.stride] * 2, [self.kernel // 2] * 2, [1, 1], False, [0, 0], 1)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        return (self.out, self.inputs, self.kernel, self.kernel) if self.size else (self.out, self.inputs)
-
-    @property
-    def hw(self) -> tuple[int, int]:
-        return (self.size or 1, self.size or 1)
 
 
 LAYERS = (
@@ -67,10 +37,7 @@ TOYS = (
 
 def draw(layer: Layer, kind: str, density: float, device: torch.device) -> Tensor:
     """A mask: "random", or "h16" for columns of 16 output channels."""
-    h = 1 if kind == "random" else int(kind[1:])
-    columns = layer.inputs * layer.kernel**2
-    units = torch.rand(-(-layer.out // h), columns, device=device) < density
-    return units.repeat_interleave(h, 0)[: layer.out].view(layer.shape)
+    return random_mask(layer, 1 if kind == "random" else int(kind[1:]), density, device)
 
 
 class Tensors(NamedTuple):

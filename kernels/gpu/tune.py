@@ -6,10 +6,11 @@ from dataclasses import replace
 import torch
 from triton.runtime.errors import OutOfResources
 
-from sparsefx.kernels.gpu.cases import PASSES, Layer, Tensors, draw, sparse_calls, tensors
+from sparsefx.kernels.gpu.cases import PASSES, Tensors, draw, sparse_calls, tensors
 from sparsefx.kernels.gpu.config import NARROWEST, Config, Table, default, key
 from sparsefx.kernels.gpu.plan import Geometry, LayerPlan
 from sparsefx.kernels.gpu.timing import Calls, medians
+from sparsefx.kernels.layer import Layer
 
 _SHARED_BYTES = 200 << 10
 """Most that a program may ask for; where a device has less, its launch is refused and the candidate left out."""

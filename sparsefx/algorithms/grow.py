@@ -19,10 +19,7 @@ def momentum(score: Tensor, mask: Tensor, k: int) -> Tensor:
         The new mask.
     Source: Dettmers & Zettlemoyer 2019, Algorithm 1, line "Regrow".
     """
-    missing = (~mask).nonzero().squeeze(1)
-    new = mask.clone()
-    new[missing[largest(score[missing].abs(), k)]] = True
-    return new
+    return mask | largest(score.abs().masked_fill_(mask, -1), k)
 
 
 @register("grow", "random", needs_first_moment=False)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsefx.bench.settings import SETTINGS, Setting
 from sparsefx.bench.trainers import density_of, load
-from sparsefx.kernels.bench import Layer
+from sparsefx.kernels.layer import Layer
 from sparsefx.layers import MASK
 
 

@@ -86,7 +86,22 @@ def test_an_interrupted_series_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_report_has_mean_and_standard_error() -> None:
     common = {"model": "lenet300", "density": 0.05, "window": "auto", "granularity": "weight", "epochs": 1}
     rows = [{**common, "seed": i, "test_error": e, "test_error_at_best_valid": 2.0} for i, e in enumerate((1.0, 2.0))]
-    assert mnist.report(rows).splitlines()[-1].endswith("| 2 | 1.50 +- 0.50 | 2.00 +- 0.00 |")
+    assert mnist.report(rows).splitlines()[-1].endswith("| 2 | 0 | 1.50 +- 0.50 | 2.00 +- 0.00 |")
+    rows.append({**rows[0], "seed": 2, "test_error": 90.2, "diverged_in_epoch": 1})
+    assert mnist.report(rows).splitlines()[-1].endswith("| 3 | 1 | 1.50 +- 0.50 | 2.00 +- 0.00 |")
+
+
+def test_a_run_that_diverges_stops_and_says_when() -> None:
+    images, labels = synthetic(300)
+    row = mnist.train(settings(epochs=3, density=1.0), 0, (images * torch.inf, labels, images[:50], labels[:50]))
+    assert row["diverged_in_epoch"] == 1
+
+
+def test_clipping_is_another_setting() -> None:
+    data = (*synthetic(500), *synthetic(100, noise=3.0))
+    plain, clipped = (mnist.train(settings(epochs=1, clip=clip), 3, data) for clip in (None, 0.01))
+    assert mnist.key(plain) != mnist.key(clipped)
+    assert clipped["test_error"] > plain["test_error"]
 
 
 def test_granularity_from_text() -> None:

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from sparsefx.kernels.bench import PASSES, Layer, bench_layers
+from sparsefx.kernels.bench import PASSES, bench_layers
+from sparsefx.kernels.layer import Layer
 
 
 @pytest.mark.parametrize("layer", [Layer("conv", 12, 8, 3, 6, 20, 2, 0.5), Layer("linear", 12, 8, 1, 0, 20, 1, 0.5)])

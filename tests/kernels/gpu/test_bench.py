@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from sparsefx.kernels.gpu.bench import _break_even, bench
-from sparsefx.kernels.gpu.cases import TOYS, Layer, draw
+from sparsefx.kernels.gpu.cases import TOYS, draw
 from sparsefx.kernels.gpu.config import Table, key
 from sparsefx.kernels.gpu.plot import scatter
 from sparsefx.kernels.gpu.tune import candidates, tune
+from sparsefx.kernels.layer import Layer
 
 LINEAR = TOYS[-1]
 

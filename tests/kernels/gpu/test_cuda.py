@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import sparsefx
-from sparsefx.kernels.gpu.cases import Layer, draw, exact, inner, outer, plan_of, sparse_calls, tensors
+from sparsefx.kernels.gpu.cases import draw, exact, inner, outer, plan_of, sparse_calls, tensors
 from sparsefx.kernels.gpu.timing import captured, fp32_precision
+from sparsefx.kernels.layer import Layer
 from tests.kernels.gpu.helpers import error
 
 pytestmark = pytest.mark.gpu
