@@ -27,14 +27,15 @@ def read(window: Window, units: Mapping[str, Units], needs_moment: bool) -> list
             continue
         weight, mask = whole(layer.weight), layer.weight_mask
         problem = _problem(name, "weight", weight)
-        magnitude = float(weight[mask].abs().double().mean())
+        count = max(1, int(torch.count_nonzero(mask)))
+        magnitude = float(weight.abs().sum(dtype=torch.float64)) / count
         read_weight = partial(whole, layer.weight.detach())
         read_moment = partial(torch.zeros_like, mask, dtype=weight.dtype) if moment is None else partial(whole, moment)
         contribution = 0.0
         if moment is not None:
             problem = problem or _problem(name, "first moment", read_moment())
             scaled = moments.normalized(optimizer, group, layer.weight)
-            contribution = float(scaled[mask].abs().double().mean())
+            contribution = float(scaled.abs().mul_(mask).sum(dtype=torch.float64)) / count
         states.append(LayerState(name, units[name], mask, read_weight, read_moment, magnitude, contribution, problem))
     return states
 

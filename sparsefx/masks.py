@@ -110,7 +110,7 @@ class Units:
 
     def weights(self, units: Tensor) -> int:
         """Number of weights in the units chosen by a bool tensor `[count]`."""
-        return int(units.sum()) if self.single else int(self.sizes(units.device)[units].sum())
+        return int(torch.count_nonzero(units)) if self.single else int(self.sizes(units.device)[units].sum())
 
     def of_mask(self, mask: Tensor) -> Tensor:
         """Which units exist in a weight mask, bool `[count]`."""

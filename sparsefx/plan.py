@@ -31,9 +31,10 @@ class Plan:
         self.mask = mask.clone()
         self.stamp = _stamp(mask)
         matrix = mask.transpose(0, 1) if transposed else mask
-        self.nnz = int(mask.sum())
-        self.live_out = int(matrix.flatten(1).any(1).sum())
-        self.live_in = int(matrix.transpose(0, 1).flatten(1).any(1).sum())
+        bytes_ = matrix.view(torch.uint8).flatten(2) if matrix.dim() > 2 else matrix.view(torch.uint8).unsqueeze(2)
+        self.nnz = int(torch.count_nonzero(mask))
+        self.live_out = int(torch.count_nonzero(bytes_.amax((1, 2))))
+        self.live_in = int(torch.count_nonzero(bytes_.amax(0).amax(1)))
         self.empty_out, self.empty_in = matrix.shape[0] - self.live_out, matrix.shape[1] - self.live_in
         share = self.live_out * self.live_in / max(1, matrix.shape[0] * matrix.shape[1])
         self.compacts = groups == 1 and share <= _WORTH_TRYING

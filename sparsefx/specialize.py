@@ -4,7 +4,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -32,6 +32,8 @@ _SPARSE_ENOUGH = 0.5
 _REPEATS = 5
 _HOPELESS = 1.5
 """A candidate that takes this much longer than another is not run again."""
+_CLEAR = 1.5
+"""A new mask is not measured where times of an old one foresee dense and sparse kernels this far apart."""
 
 
 def sparse_kernels(device: torch.device) -> Any:
@@ -75,6 +77,7 @@ class Specializer:
         self.settle: Callable[[], None] = _nothing
         self._plans: dict[int, Plan] = {}
         self._calls: dict[int, dict[Key, ConvSpec | None]] = {}
+        self._times: dict[str, tuple[int, dict[str, float]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -84,6 +87,7 @@ class Specializer:
             "seconds": 0.0,
             "_plans": {},
             "_calls": {},
+            "_times": {},
             "settle": _nothing,
         }
 
@@ -254,14 +258,30 @@ class Specializer:
         known = self._known(entry, BACKENDS)
         if known is not None and (known != "sparse" or self._builds(plan, spec)):
             return known
-        x, grad = call if call is not None else _sample(key, weight)
+        x, grad = call if call is not None else (_sample(key, weight), None)
         names = self._candidates(plan, spec, x)
-        if len(names) > 1:
-            return self._keep(entry, self._fastest(names, plan, key[0], spec, x, grad, weight.detach()))
-        return "dense"
+        if len(names) == 1:
+            return "dense"
+        kind = repr((*geometry, key, plan.mask.device.type, torch.get_num_threads()))
+        chosen = self._foreseen(kind, plan.nnz, names)
+        if chosen is None:
+            times = self._measure(names, plan, key[0], spec, x, grad, weight.detach())
+            self._times[kind] = plan.nnz, times
+            chosen = min(times, key=lambda name: times[name] * (_MARGIN if name == "dense" else 1.0))
+        return self._keep(entry, chosen)
+
+    def _foreseen(self, kind: str, nnz: int, names: Sequence[str]) -> str | None:
+        """What times of another mask leave no doubt about: dense ones stay, sparse ones grow at most as the weights."""
+        before, times = self._times.get(kind, (0, {}))
+        if not before or set(names) != {"dense", "sparse"} or times.keys() != set(names):
+            return None
+        growth = nnz / before
+        if times["sparse"] * max(1.0, growth) * _CLEAR < times["dense"]:
+            return "sparse"
+        return "dense" if times["sparse"] * min(1.0, growth) > times["dense"] * _CLEAR else None
 
     @torch.no_grad()
-    def _fastest(
+    def _measure(
         self,
         names: list[str],
         plan: Plan,
@@ -270,7 +290,8 @@ class Specializer:
         x: Tensor,
         grad: Tensor | None,
         weight: Tensor,
-    ) -> str:
+    ) -> dict[str, float]:
+        """Median seconds of each candidate."""
         weight = weight.to(x.dtype)
         if kind != "fprop" and grad is None:
             grad = torch.ones_like(dense_for(spec).fprop(spec, x, weight, None))
@@ -283,8 +304,7 @@ class Specializer:
             return partial(backend.wgrad, spec, grad, x, weight, plan.mask)
 
         times = interleaved([run(self._backend(plan, name, spec)) for name in names], x.device)
-        times[0] *= _MARGIN
-        return names[times.index(min(times))]
+        return dict(zip(names, times, strict=True))
 
 
 class GraphChoice:
@@ -352,11 +372,11 @@ def machine() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {gpu} torch {torch.__version__}"
 
 
-def _sample(key: Key, weight: Tensor) -> tuple[Tensor, None]:
+def _sample(key: Key, weight: Tensor) -> Tensor:
     """An input like those of a call seen before; the global random state is not ours to move."""
     _, shape, dtype, layout = key
     x = torch.ones(shape, device=weight.device, dtype=dtype)
-    return (x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x), None
+    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
 def _format(x: Tensor) -> str:

@@ -74,7 +74,7 @@ def update_masks(
     Source: Dettmers & Zettlemoyer 2019, Algorithm 1 and section 3.
     """
     existing = [layer.units.of_mask(layer.mask) for layer in layers]
-    unit_counts = [int(e.sum()) for e in existing]
+    unit_counts = [int(torch.count_nonzero(e)) for e in existing]
     planned = [round(prune_rate * n) for n in unit_counts]
     shares = redistribute(_stats(layers, existing, [p * u.units.whole for p, u in zip(planned, layers, strict=True)]))
 

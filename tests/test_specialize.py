@@ -149,3 +149,29 @@ def test_choices_of_another_machine_are_dropped(model):
     with pytest.warns(sparsefx.errors.BackendWarning, match="another machine"):
         model.scheduler.specializer.load_state_dict(state)
     assert model.scheduler.specializer.table == {}
+
+
+@pytest.mark.parametrize(
+    ("times", "densities", "again"),
+    [
+        ([3.0, 1.0], (0.1, 0.15), False),
+        ([3.0, 1.8], (0.1, 0.15), True),
+        ([3.0, 1.8], (0.15, 0.1), False),
+        ([1.0, 3.0], (0.1, 0.15), False),
+        ([1.0, 1.8], (0.15, 0.1), True),
+    ],
+)
+def test_a_new_mask_is_measured_only_where_old_times_leave_doubt(monkeypatch, times, densities, again):
+    measured = []
+    monkeypatch.setenv("SPARSEFX_CHOICES", "off")
+    monkeypatch.setattr(specialize, "interleaved", lambda calls, device: measured.append(1) or times[: len(calls)])
+    layer = nn.Conv2d(64, 64, 3)
+    sparsefx.sparsify(layer, 0.1)
+    for density in densities:
+        measured.clear()
+        layer.set_mask_(torch.rand_like(layer.weight) < density)
+        with torch.no_grad():
+            layer(torch.randn(32, 64, 8, 8))
+        fastest = "sparse" if times[1] < times[0] else "dense"
+        assert layer.scheduler.specializer.backends(layer)["fprop"] == fastest
+    assert bool(measured) is again

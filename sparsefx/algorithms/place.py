@@ -24,7 +24,7 @@ def place(grow: Grow, units: Sequence[Units], masks: Sequence[Tensor], budgets: 
         to the largest number below it from which no missing unit is left that would fit.
     """
     grown = [
-        grow(i, mask, min(budget // unit.whole, int((~mask).sum()))) if budget >= unit.whole else mask
+        grow(i, mask, min(budget // unit.whole, _missing(mask))) if budget >= unit.whole else mask
         for i, (unit, mask, budget) in enumerate(zip(units, masks, budgets, strict=True))
     ]
     gained = [unit.weights(new) - unit.weights(old) for unit, new, old in zip(units, grown, masks, strict=True)]
@@ -35,13 +35,17 @@ def place(grow: Grow, units: Sequence[Units], masks: Sequence[Tensor], budgets: 
         sizes = units[i].sizes(grown[i].device)
         while left > 0:
             closed = grown[i] | (sizes > left)
-            open_units = int((~closed).sum())
+            open_units = _missing(closed)
             if not open_units:
                 break
             new = grow(i, closed, min(open_units, max(1, left // units[i].whole))) & ~closed
             left -= units[i].weights(new)
             grown[i] = grown[i] | new
     return grown
+
+
+def _missing(mask: Tensor) -> int:
+    return len(mask) - int(torch.count_nonzero(mask))
 
 
 def random_masks(units: Sequence[Units], counts: Sequence[int], seed: int) -> list[Tensor]:

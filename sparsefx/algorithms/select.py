@@ -12,7 +12,7 @@ def largest(score: Tensor, k: int) -> Tensor:
     least = _kth_largest(score, k)
     chosen = score > least
     ties = (score == least).nonzero().squeeze(1)
-    chosen[ties[: k - int(chosen.sum())]] = True
+    chosen[ties[: k - int(torch.count_nonzero(chosen))]] = True
     return chosen
 
 
