@@ -7,8 +7,25 @@ function itself, so that kernels use only builtins of `triton.language`, not its
 from collections.abc import Callable
 from typing import Any
 
+import triton
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+
+def _repair() -> None:
+    """Let a loaded number bound a loop, whatever the NumPy: the interpreter before 3.9 calls `int` of an array."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    _repair()
 
 
 class Kernel:

@@ -38,7 +38,7 @@ KINDS = {
 
 def breakdown(trainer: Trainer, steps: int = 3) -> dict[str, float]:
     """Milliseconds of a step by kind of work; `"rest"` is everything else, Python included."""
-    with _native_calls(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with _native_calls(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         for _ in range(steps):
             with record_function("sparsefx step"):
                 trainer.step()

@@ -7,10 +7,10 @@ import torch
 import triton
 
 from sparsefx.kernels.gpu.aot import Report, cases, compile_case, matrix_case
-from sparsefx.kernels.gpu.config import default
+from sparsefx.kernels.gpu.config import NARROWEST, default
 
 HALF = {
-    "pointwise_fwd_kernel": ("fprop", "pointwise", 8),
+    "pointwise_fwd_kernel": ("fprop", "pointwise", NARROWEST),
     "conv_dgrad_kernel": ("dgrad", "conv 3x3/2", 64),
     "conv_wgrad_kernel": ("wgrad", "conv 3x3", 16),
 }
@@ -51,7 +51,7 @@ def test_every_pass_type_and_tile_is_compiled():
         "conv_fwd_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "conv_dense_wgrad_kernel", "pointwise_fwd_kernel",
         "pack_kernel", "wgrad_sum_kernel", "dense_wgrad_sum_kernel", "transpose_kernel",
     }  # fmt: skip
-    assert {case.constants.get("BLOCK_ROWS") for case in found} >= {8, 16, 32, 64, 128}
+    assert {case.constants.get("BLOCK_ROWS") for case in found} >= {NARROWEST, 16, 32, 64, 128}
     assert {case.label.split()[-1] for case in found if case.matrix} == {"bf16", "fp16"}
 
 

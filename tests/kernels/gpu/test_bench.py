@@ -8,7 +8,7 @@ import torch
 
 from sparsefx.kernels.gpu.bench import _break_even, bench
 from sparsefx.kernels.gpu.cases import TOYS, draw
-from sparsefx.kernels.gpu.config import Table, key
+from sparsefx.kernels.gpu.config import NARROWEST, Table, key
 from sparsefx.kernels.gpu.plot import scatter
 from sparsefx.kernels.gpu.tune import candidates, tune
 from sparsefx.kernels.layer import Layer
@@ -54,7 +54,7 @@ def test_break_even_is_where_a_line_through_two_times_meets_dense():
 
 
 def test_the_tuner_keeps_the_fastest_candidate():
-    chosen = list(candidates("fprop", torch.float32, 8))[2]
+    chosen = list(candidates("fprop", torch.float32, NARROWEST))[2]
     seen = []
 
     def clock(calls, device, rounds):
@@ -63,10 +63,17 @@ def test_the_tuner_keeps_the_fastest_candidate():
         config = call.func.__self__.configs[call.func.__name__]
         return {"": 0.5 if config == chosen else 1.0}
 
-    table = tune([LINEAR], torch.device("cpu"), dtypes=[torch.float32], rows=[8], clock=clock, say=lambda line: None)
+    table = tune(
+        [LINEAR],
+        torch.device("cpu"),
+        dtypes=[torch.float32],
+        rows=[NARROWEST],
+        clock=clock,
+        say=lambda line: None,
+    )
     assert len(seen) > 10
     density = next(iter(seen)).func.__self__.forward.column_density.item()
-    name = key("fprop", LINEAR.shape, (1, 1, 1, 8), torch.float32, 8, density)
+    name = key("fprop", LINEAR.shape, (1, 1, 1, 8), torch.float32, NARROWEST, density)
     assert table.get("cpu", name) == chosen
     assert Table.load(table.dump()).entries == table.entries
 

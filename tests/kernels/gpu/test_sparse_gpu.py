@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsefx.kernels.gpu.choose import choose, unit_rows
-from sparsefx.kernels.gpu.config import Config, Table, default, key
+from sparsefx.kernels.gpu.config import NARROWEST, Config, Table, default, key
 from sparsefx.kernels.gpu.plan import Geometry
 from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.sparse_gpu import SparseGpu
@@ -45,7 +45,7 @@ def test_linear_equals_masked_dense(shape, density):
     check(torch.rand(11, 6) < density, None, torch.randn(shape))
 
 
-@pytest.mark.parametrize("h", [8, 16, 64])
+@pytest.mark.parametrize("h", sorted({NARROWEST, 16, 64}))
 def test_aligned_units_give_tiles_of_their_size(h):
     mask = (torch.rand(2, 6) < 0.4).repeat_interleave(h, 0)
     mask[0] = ~mask[h]  # the first two units differ
@@ -57,15 +57,16 @@ def test_aligned_units_give_tiles_of_their_size(h):
 
 
 def test_the_table_decides_the_configuration():
-    mask = (torch.rand(1, 6) < 0.5).repeat(16, 1)
-    mask[8:] = ~mask[:1]
+    h = NARROWEST
+    mask = (torch.rand(1, 6) < 0.5).repeat(2 * h, 1)
+    mask[h:] = ~mask[:1]
     geometry, density = Geometry.of(mask, None), mask.float().mean().item()
-    tuned = Config(8, 32, 64, False, 2, 4)
-    name = key("fprop", (16, 6), (1, 1, 1, 9), torch.float32, 8, density)
-    configs = choose(mask, geometry, (1, 1), 9, torch.float32, 8, Table({"cpu": {name: tuned}}))
-    assert unit_rows(mask) == 8
+    tuned = Config(h, 32, 64, False, 2, 4)
+    name = key("fprop", (2 * h, 6), (1, 1, 1, 9), torch.float32, h, density)
+    configs = choose(mask, geometry, (1, 1), 9, torch.float32, h, Table({"cpu": {name: tuned}}))
+    assert unit_rows(mask) == h
     assert configs["fprop"] == tuned
-    assert configs["wgrad"] == default("wgrad", torch.float32, 8)
+    assert configs["wgrad"] == default("wgrad", torch.float32, h)
 
 
 def test_a_new_mask_keeps_the_plan_and_its_addresses():
