@@ -3,7 +3,7 @@
 Kernels for matrix units skip a column of a tile (one input channel and tap, for 64 output channels) only if none of its
 weights exists. Single weights leave few such columns empty; `granularity=("column", h)` moves groups of h together.
 
-    python -m examples.granularity --mnist data --cifar10 ../shared/data/cifar10 --plot results/granularity.svg
+    python -m examples.granularity --mnist data --cifar10 data/cifar10 --plot results/granularity.svg
     python -m examples.granularity --report --plot results/granularity.svg
 
 Networks are LeNet-5 on MNIST and WRN-10-2 on 10,000 images of CIFAR-10, at 5%, for 5 epochs: SGD with Nesterov
@@ -141,11 +141,17 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         mine = [row for row in found if row[0] == name]
-        axis.errorbar([100 * r[5] for r in mine], [r[3] for r in mine], [r[4] for r in mine], fmt="o-", capsize=3)
-        for _, granularity, _, error, _, columns in mine:
-            axis.annotate(granularity, (100 * columns, error), xytext=(5, 5), textcoords="offset points")
+        columns, channels = ([r for r in mine if (r[1] == "channel") == apart] for apart in (False, True))
+        for style, chosen in (("o-", columns), ("s", channels)):
+            errors, spreads = [r[3] for r in chosen], [r[4] for r in chosen]
+            axis.errorbar([100 * r[5] for r in chosen], errors, spreads, fmt=style, capsize=3, color="tab:blue")
+        for _, granularity, _, error, _, share in mine:
+            axis.annotate(granularity, (100 * share, error), xytext=(5, 6), textcoords="offset points", fontsize=8)
         axis.set(title=f"{name} at {DENSITY:.0%}", xlabel="tile columns with a weight, %", ylabel="test error, %")
-        axis.margins(0.15)
+        axis.set_xscale("log")
+        axis.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
+        axis.minorticks_off()
+        axis.margins(0.18)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)

@@ -465,8 +465,8 @@ def test_functional_call_uses_the_given_parameters():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_compiled_code_sees_a_hook_added_later_as_the_dense_model_does():
-    """Torch 2.11 compiles no guard on hooks."""
+def test_compiled_code_sees_a_hook_added_later_or_torch_shows_it_no_hooks():
+    """Torch compiles no guard on hooks by default; that of the inlined forward asks for them, which 2.11 leaves out."""
     torch._dynamo.reset()
     model, twin = make(example_inputs=X)
     model.eval()
@@ -475,7 +475,8 @@ def test_compiled_code_sees_a_hook_added_later_as_the_dense_model_does():
     torch.testing.assert_close(compiled(X), dense(X))
     for net in (model, twin):
         net.body[0].register_forward_hook(lambda m, i, o: o * 2)
-    torch.testing.assert_close(compiled(X), dense(X))
+    expected = twin(X) if torch.__version__ >= "2.15" else dense(X)
+    torch.testing.assert_close(compiled(X), expected)
     torch._dynamo.reset()
 
 
