@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import triton
 
-NARROWEST = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 16
+_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+NARROWEST = 16 if _OLD else 8
 """Rows of the smallest tile. Triton 3.6 uses wgmma from 16 on the N side; a unit of 8 then half fills its tile."""
 PASSES = ("fprop", "dgrad", "wgrad")
 
@@ -53,7 +54,8 @@ def default(kind: str, dtype: torch.dtype, rows: int) -> Config:
     if kind == "wgrad":
         return Config(rows, 64, 32 if wide else 64, rows >= 64, warps, 3)
     if not wide:
-        return Config(rows, 64, 128, rows >= 64, warps, 3)
+        spills = _OLD and (rows == 16 or (rows == 128 and kind == "dgrad"))  # with 64 columns on sm_80
+        return Config(rows, 32 if spills else 64, 128, rows >= 64, warps, 3)
     # Wider blocks spill registers.
     return Config(rows, 16 if rows == 128 else 32, 64 if rows >= 32 else 128, rows >= 64, warps, 3)
 
