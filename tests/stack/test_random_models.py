@@ -121,8 +121,9 @@ def compare(bank: Bank, x: Tensor, out: Tensor, coefficients: Tensor) -> None:
 
 
 def close(name: str, ours: Tensor, expected: Tensor) -> None:
+    """Within 1e-5 by norm, or within fp32's rounding of terms around 1 where they cancel."""
     norm = torch.linalg.vector_norm(expected)
-    assert torch.linalg.vector_norm(ours.double() - expected) <= 1e-5 * norm + 1e-12, name
+    assert torch.linalg.vector_norm(ours.double() - expected) <= 1e-5 * norm + 1e-6, name
 
 
 @given(runs())
