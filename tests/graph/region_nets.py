@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparsefx
 from sparsefx import blocked
@@ -166,3 +167,38 @@ def assert_equals_twin(kind: str, x: Tensor, training: bool) -> Any:
     for name, buffer in twin.named_buffers():
         torch.testing.assert_close(model.get_buffer(name).double(), buffer.double(), rtol=1e-5, atol=1e-6)
     return model
+
+
+def assert_drops_the_same_elements(x: Tensor) -> Any:
+    """Check that dropout in a region draws what the dense network draws; returns the sparse model."""
+    model, twin = pair(NETS["wrn"](), x)
+    torch.manual_seed(5)
+    got = model(x)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        wanted = twin.float()(x)
+    assert relative(got, wanted) < 1e-5
+    return model
+
+
+def assert_compiles_once(kind: str, x: Tensor) -> None:
+    """Check that a region compiles whole, once, and follows its masks."""
+    torch._dynamo.reset()
+    model, twin = pair(NETS[kind](), x)
+    assert conversions(model)[0] == 1
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    layer = model.stem
+    for _ in range(3):
+        model.zero_grad()
+        twin.zero_grad()
+        out, wanted = compiled(x), twin(x.double())
+        out.square().sum().backward()
+        wanted.square().sum().backward()
+        assert relative(out, wanted) < 1e-5
+        assert relative(layer.weight.grad, twin.stem.weight.grad * layer.weight_mask) < 1e-5
+        layer.set_mask_(torch.rand_like(layer.weight) < 0.5)
+        with torch.no_grad():
+            twin.stem.weight.copy_(layer.weight)
+    assert counter.frame_count == 1
+    assert sparsefx.masks(model)["stem.weight"] is layer.weight_mask

@@ -2,14 +2,22 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparsefx
 from sparsefx import blocked, specialize
 from sparsefx.kernels import blocked as kernels
 from sparsefx.kernels import chwn
 from sparsefx.kernels.runtime import Runtime
-from tests.graph.region_nets import NETS, assert_equals_twin, conversions, in_regions, pair, relative
+from tests.graph.region_nets import (
+    NETS,
+    assert_compiles_once,
+    assert_drops_the_same_elements,
+    assert_equals_twin,
+    conversions,
+    in_regions,
+    pair,
+    relative,
+)
 
 sparse_gpu = pytest.importorskip("sparsefx.kernels.sparse_gpu")
 __all__ = ["in_regions"]
@@ -45,34 +53,11 @@ def test_one_region_converts_twice_and_no_layer_converts_inside(monkeypatch: pyt
 
 
 def test_dropout_drops_the_same_elements() -> None:
-    x = torch.randn(3, 3, 6, 6)
-    model, twin = pair(NETS["wrn"](), x)
-    torch.manual_seed(5)
-    got = model(x)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        wanted = twin.float()(x)
-    assert relative(got, wanted) < 1e-5
+    assert_drops_the_same_elements(torch.randn(3, 3, 6, 6))
 
 
 def test_a_region_compiles_whole_and_follows_its_masks() -> None:
-    torch._dynamo.reset()
-    x = torch.randn(3, 3, 6, 6)
-    model, twin = pair(NETS["vgg"](), x)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for _ in range(2):
-        model.zero_grad()
-        twin.zero_grad()
-        out, wanted = compiled(x), twin(x.double())
-        out.square().sum().backward()
-        wanted.square().sum().backward()
-        assert relative(out, wanted) < 1e-5
-        assert relative(model.stem.weight.grad, twin.stem.weight.grad * model.stem.weight_mask) < 1e-5
-        model.stem.set_mask_(torch.rand_like(model.stem.weight) < 0.5)
-        with torch.no_grad():
-            twin.stem.weight.copy_(model.stem.weight)
-    assert counter.frame_count == 1
+    assert_compiles_once("vgg", torch.randn(3, 3, 6, 6))
 
 
 @pytest.mark.filterwarnings(

@@ -179,18 +179,22 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> N
         torch.testing.assert_close(states[0][name], value, rtol=1e-9, atol=1e-10, msg=name)
 
 
-def unsynchronized_rank(rank: int) -> tuple:
-    """Accumulation that sends gradients at its last micro-batch only."""
-    model = sharded("always")
-    optimizer = MOMENTUM(model.parameters())
-    model.scheduler.attach(optimizer, **SCHEDULE)
-    data = parts(batches(20), rank, 2)
-    for start in range(0, 20, 2):
+def accumulate(model: nn.Module, optimizer: Optimizer, data: list) -> None:
+    """Train, one step for two micro-batches, whose gradients are sent at the second only."""
+    for start in range(0, len(data), 2):
         for i, batch in enumerate(data[start : start + 2]):
             model.set_requires_gradient_sync(i == 1)
             (loss_of(model, batch) / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def unsynchronized_rank(rank: int) -> tuple:
+    """Accumulation that sends gradients at its last micro-batch only."""
+    model = sharded("always")
+    optimizer = MOMENTUM(model.parameters())
+    model.scheduler.attach(optimizer, **SCHEDULE)
+    accumulate(model, optimizer, parts(batches(20), rank, 2))
     return whole_state(model), dict(sparsefx.masks(model))
 
 
@@ -243,13 +247,7 @@ def reduced_rank(rank: int) -> tuple:
     model = sharded(2, torch.float32, mp_policy=policy)
     optimizer = MOMENTUM(model.parameters())
     model.scheduler.attach(optimizer, **SCHEDULE)
-    data = parts(batches(18, torch.float32), rank, 2)
-    for start in range(0, 18, 2):
-        for i, batch in enumerate(data[start : start + 2]):
-            model.set_requires_gradient_sync(i == 1)
-            (loss_of(model, batch) / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    accumulate(model, optimizer, parts(batches(18, torch.float32), rank, 2))
     return whole_state(model), dict(sparsefx.masks(model)), len(model.scheduler.history)
 
 
