@@ -90,13 +90,14 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
           const float* v = value + first_value[phase] + cell.entry;
           const Record* records = lists.records.data() + cell.first_record;
           const int64_t first = cell.more_record - cell.first_record;
-          p.kernel->fma(from, p.row_bytes, records, first, offset, v, acc, true, ahead);
+          p.kernel->fma(from, p.row_bytes, records, lists.runs_at(cell.first_record), first, offset, v, acc, true,
+                        ahead);
           for (int64_t r = 0; r < first; ++r) {
             offset += records[r].count;
             v += records[r].count;
           }
-          p.kernel->fma(from, p.row_bytes, records + first, cell.end_record - cell.more_record, offset, v, acc,
-                        false, ahead);
+          p.kernel->fma(from, p.row_bytes, records + first, lists.runs_at(cell.more_record),
+                        cell.end_record - cell.more_record, offset, v, acc, false, ahead);
         }
         out.unpack(acc, c0, width, p, tile, epilogue);
       }
@@ -188,7 +189,7 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
               from += (c - unit.chunk0) * lists.chunk * p.channel_bytes;
             }
             p.kernel->dot(from, p.row_bytes, lists.records.data() + cell.first_record,
-                          cell.end_record - cell.first_record, lists.offset.data() + cell.entry, held_g,
+                          lists.runs_at(cell.first_record), cell.end_record - cell.first_record, lists.offset.data() + cell.entry, held_g,
                           channel_pitch, row_pitch, partial + (cell.entry - e0), ahead);
           }
         }

@@ -64,4 +64,31 @@ Packing pack_axis(const AxisMap& axis, int64_t kernel, int64_t outputs) {
   return p;
 }
 
+bool pack_clipped(const AxisMap& axis, int64_t kernel, Packing* packing) {
+  Packing p;
+  p.tap_start.assign(kernel, -1);
+  p.clip.assign(kernel, NO_OUTPUT);
+  for (int64_t q = 0; q < axis.in_step; ++q) {
+    int64_t low = INT64_MAX, high = INT64_MIN;  // inputs of this residue that some tap reads
+    const int64_t inputs = (axis.in_size - q + axis.in_step - 1) / axis.in_step;
+    for (const bool place : {false, true})
+      for (size_t t = 0; t < axis.tap.size(); ++t) {
+        const int64_t first = floor_div(axis.displacement[t], axis.in_step);
+        if (axis.displacement[t] - first * axis.in_step != q) continue;
+        const int64_t before = std::max<int64_t>(0, -first), after = std::max<int64_t>(0, first + axis.count - inputs);
+        if (before + after > 1 || before + after >= axis.count) return false;
+        if (place) {
+          p.tap_start[axis.tap[t]] = int64_t(p.source.size()) + first + before - low;
+          p.clip[axis.tap[t]] = before ? FIRST_OUTPUT : after ? LAST_OUTPUT : NO_OUTPUT;
+        }
+        low = std::min(low, first + before);
+        high = std::max(high, first + axis.count - after);
+      }
+    for (int64_t k = low; k < high; ++k) p.source.push_back(q + k * axis.in_step);
+  }
+  p.pitch = int64_t(p.source.size());
+  *packing = p;
+  return true;
+}
+
 }  // namespace sfx

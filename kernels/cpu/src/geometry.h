@@ -32,7 +32,15 @@ struct Packing {
   std::vector<int64_t> source;     // input coordinate of each packed position for the strip at output 0
   std::vector<int64_t> tap_start;  // by kernel index: packed position that output 0 reads, -1 if not in this phase
   int64_t pitch = 0;
+  std::vector<uint8_t> clip;       // by kernel index, of a clipped packing only: the output that reads outside the input
 };
+enum Clip : uint8_t { NO_OUTPUT = 0, FIRST_OUTPUT = 1, LAST_OUTPUT = 2 };
+constexpr int CLIPS = 3;
+
 Packing pack_axis(const AxisMap& axis, int64_t kernel, int64_t outputs);
+
+// Packing of a whole axis without the zeros around it: a tap that has its first output outside the input starts at the
+// second. False where some tap has more than one output outside.
+bool pack_clipped(const AxisMap& axis, int64_t kernel, Packing* packing);
 
 }  // namespace sfx

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
+#include <utility>
 
 namespace sfx {
 namespace {
@@ -71,8 +73,8 @@ std::vector<uint32_t> live_inputs(const Pattern& pattern, bool transposed, const
   return live;
 }
 
-Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int64_t>& tap_offset, int64_t channel_bytes,
-                 int64_t chunk, int64_t block) {
+Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int64_t>& tap_offset,
+                 const std::vector<uint8_t>& tap_class, int64_t channel_bytes, int64_t chunk, int64_t block) {
   Lists l;
   int64_t entries = 0;
   l.outputs = transposed ? pattern.shape.in : pattern.shape.out;
@@ -88,37 +90,43 @@ Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int6
     chunk_of[l.live[k]] = uint32_t(k / l.chunk);
     place[l.live[k]] = uint32_t(k % l.chunk * channel_bytes);
   }
-  std::vector<uint32_t> next(l.outputs * l.chunks, 0);  // counts, then where each (output, chunk) run continues
+  const int64_t classes = tap_class.empty() ? 1 : CLASSES;
+  // Entries of each (output, chunk, class), then where that run continues.
+  std::vector<uint32_t> next(l.outputs * l.chunks * classes, 0);
+  const auto run_of = [&](uint32_t out, uint32_t in, uint32_t tap) -> uint32_t& {
+    return next[(int64_t(out) * l.chunks + chunk_of[in]) * classes + (classes > 1 ? tap_class[tap] : 0)];
+  };
   each_entry(pattern, transposed, [&](uint32_t, uint32_t out, uint32_t in, uint32_t tap) {
-    if (tap_offset[tap] >= 0) ++next[int64_t(out) * l.chunks + chunk_of[in]];
+    if (tap_offset[tap] >= 0) ++run_of(out, in, tap);
   });
 
   l.cells.resize(l.blocks * l.chunks + 1);
   l.empty_start.push_back(0);
   std::vector<uint8_t> met(l.block);
-  std::vector<uint32_t> order;
+  std::vector<uint32_t> order, count(l.block);
   uint32_t entry = 0;
   for (int64_t b = 0; b < l.blocks; ++b) {
     const int64_t o0 = b * l.block, width = std::min(l.block, l.outputs - o0);
     std::fill(met.begin(), met.end(), 0);
     for (int64_t c = 0; c < l.chunks; ++c) {
-      const auto count = [&](uint32_t q) -> uint32_t& { return next[(o0 + q) * l.chunks + c]; };
+      const auto run = [&](uint32_t q) { return next.data() + ((o0 + q) * l.chunks + c) * classes; };
       order.clear();
-      for (uint32_t q = 0; q < width; ++q)
-        if (count(q)) order.push_back(q);
+      for (uint32_t q = 0; q < width; ++q) {
+        count[q] = std::accumulate(run(q), run(q) + classes, uint32_t(0));
+        if (count[q]) order.push_back(q);
+      }
       std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t z) {
-        return met[a] != met[z] ? met[a] < met[z] : count(a) > count(z);
+        return met[a] != met[z] ? met[a] < met[z] : count[a] > count[z];
       });
       Cell& cell = l.cells[b * l.chunks + c];
       cell.entry = entry;
       cell.first_record = uint32_t(l.records.size());
       cell.more_record = cell.first_record;
       for (uint32_t q : order) {
-        const uint32_t n = count(q);
-        l.records.push_back({q, n});
+        l.records.push_back({q, count[q]});
         if (!met[q]) ++cell.more_record;
-        count(q) = entry;
-        entry += n;
+        if (classes > 1) std::copy_n(run(q), CLASSES, l.runs.emplace_back().of);
+        for (uint32_t* n = run(q); n < run(q) + classes; ++n) entry += std::exchange(*n, entry);
       }
       for (uint32_t q : order) met[q] = 1;
       cell.end_record = uint32_t(l.records.size());
@@ -133,7 +141,7 @@ Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int6
   l.source.resize(entries);
   each_entry(pattern, transposed, [&](uint32_t e, uint32_t out, uint32_t in, uint32_t tap) {
     if (tap_offset[tap] < 0) return;
-    const uint32_t at = next[int64_t(out) * l.chunks + chunk_of[in]]++;
+    const uint32_t at = run_of(out, in, tap)++;
     l.offset[at] = place[in] + uint32_t(tap_offset[tap]);
     l.source[at] = e;
   });

@@ -33,15 +33,18 @@ struct Lists {
   std::vector<uint32_t> offset;                 // [entries]: bytes from the start of the chunk's packed channels
   std::vector<uint32_t> source;                 // [entries]: position in Pattern order
   std::vector<Record> records;
+  std::vector<Runs> runs;                       // [records], if the tile is clipped
   std::vector<Cell> cells;                      // [blocks * chunks + 1]
   std::vector<uint32_t> empty_start, empty;     // [blocks + 1], and the outputs of each block without entries
   int64_t entries() const { return int64_t(offset.size()); }
+  const Runs* runs_at(uint32_t record) const { return runs.empty() ? nullptr : runs.data() + record; }
 };
 
 // `tap_offset` [R * S]: byte offset of each tap inside a packed channel, -1 where the phase does not have it.
+// `tap_class` [R * S]: the taps' classes if the tile is clipped, else empty.
 // `transposed` exchanges the channels' roles (dgrad).
-Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int64_t>& tap_offset, int64_t channel_bytes,
-                 int64_t chunk, int64_t block);
+Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int64_t>& tap_offset,
+                 const std::vector<uint8_t>& tap_class, int64_t channel_bytes, int64_t chunk, int64_t block);
 
 // Input channels that entries with an allowed tap read.
 std::vector<uint32_t> live_inputs(const Pattern& pattern, bool transposed, const std::vector<int64_t>& tap_offset,

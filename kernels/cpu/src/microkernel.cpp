@@ -1,5 +1,7 @@
 #include "microkernel.h"
 
+#include <utility>
+
 #include "transpose.h"
 
 namespace sfx {
@@ -9,36 +11,65 @@ constexpr int REGISTERS = LANES == 16 ? 32 : 16;
 constexpr int MAX_TILE = REGISTERS == 32 ? 28 : 12;
 constexpr int64_t VEC = LANES * 4;
 
-template <int G, int X>
+// G rows of X native vectors; clipped if a column's vectors S are given.
+template <int G, int X, int S = 0>
+struct Tile {
+  static constexpr int ROWS = G, VECTORS = X, P = G * X, COLUMN = S;
+};
+
+// The part of a tile that entries of class K touch.
+template <class T, int K>
+struct Part {
+  static constexpr int TOP = K / CLIPS == FIRST_OUTPUT, BOTTOM = T::ROWS - (K / CLIPS == LAST_OUTPUT);
+  static constexpr int LEFT = K % CLIPS == FIRST_OUTPUT ? T::COLUMN : 0;
+  static constexpr int RIGHT = T::VECTORS - (K % CLIPS == LAST_OUTPUT ? T::COLUMN : 0);
+};
+
+// Calls body(class, entries) for each class of a record, or once for all entries of a tile that is not clipped.
+template <class Body, int... K>
+SFX_INLINE void each_class(const Runs& runs, std::integer_sequence<int, K...>, Body body) {
+  (body(std::integral_constant<int, K>(), runs.of[K]), ...);
+}
+template <class T, class Body>
+SFX_INLINE void each_class(uint32_t count, const Runs* runs, int64_t record, Body body) {
+  if constexpr (T::COLUMN)
+    each_class(runs[record], std::make_integer_sequence<int, CLASSES>(), body);
+  else
+    body(std::integral_constant<int, 0>(), count);
+}
+
+template <class T, int K>
 SFX_INLINE void accumulate(const char* x, int64_t pitch, const uint32_t* offset, const float* value, uint32_t count,
-                           vf (&sum)[G * X]) {
+                           vf (&sum)[T::P]) {
+  using R = Part<T, K>;
   for (uint32_t k = 0; k < count; ++k) {
     const char* p = x + offset[k];
     const vf w = splat(value[k]);
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 8
+    for (int g = R::TOP; g < R::BOTTOM; ++g) {
 #pragma GCC unroll 32
-      for (int i = 0; i < X; ++i) sum[g * X + i] += w * load(p + i * VEC);
+      for (int i = R::LEFT; i < R::RIGHT; ++i) sum[g * T::VECTORS + i] += w * load(p + (i - R::LEFT) * VEC);
       p += pitch;
     }
   }
 }
 
-template <int G, int X>
-void fma_kernel(const char* x, int64_t pitch, const Record* records, int64_t n, const uint32_t* offset,
-                const float* value, char* acc, bool first, Ahead& ahead) {
-  constexpr int P = G * X;
+template <class T>
+void fma_kernel(const char* x, int64_t pitch, const Record* records, const Runs* runs, int64_t n,
+                const uint32_t* offset, const float* value, char* acc, bool first, Ahead& ahead) {
+  constexpr int P = T::P;
   for (int64_t r = 0; r < n; ++r) {
     char* out = acc + int64_t(records[r].channel) * (P * VEC);
-    const uint32_t count = records[r].count;
     vf sum[P];
 #pragma GCC unroll 32
     for (int i = 0; i < P; ++i) sum[i] = first ? vf{} : load(out + i * VEC);
-    accumulate<G, X>(x, pitch, offset, value, count, sum);
+    each_class<T>(records[r].count, runs, r, [&]([[maybe_unused]] auto k, uint32_t count) SFX_LAMBDA {
+      accumulate<T, decltype(k)::value>(x, pitch, offset, value, count, sum);
+      offset += count;
+      value += count;
+    });
 #pragma GCC unroll 32
     for (int i = 0; i < P; ++i) store(out + i * VEC, sum[i]);
-    offset += count;
-    value += count;
     ahead.step();
   }
 }
@@ -52,58 +83,74 @@ __attribute__((noinline)) void flush(vf* sums, int n, float* partial) {
   for (int i = 0; i < n; i += LANES) store(partial + i, load(partial + i) + sum_each(sums + i));
 }
 
-template <int G, int X>
-void dot_kernel(const char* x, int64_t pitch, const Record* records, int64_t n, const uint32_t* offset, const char* g,
-                int64_t g_channel, int64_t g_row, float* partial, Ahead& ahead) {
-  constexpr int P = G * X;
-  constexpr int CHAINS = P >= 16 ? 4 : P >= 4 ? 2 : 1;
+// sums[entry] = g * x over the part of the tile that class K touches, for each of its entries.
+template <class T, int K>
+SFX_INLINE void multiply(const char* x, int64_t pitch, const uint32_t* offset, uint32_t count, const char* g,
+                         int64_t g_row, vf* sums) {
+  using R = Part<T, K>;
+  constexpr int CHAINS = T::P >= 16 ? 4 : T::P >= 4 ? 2 : 1;
+  vf held[T::P];
+#pragma GCC unroll 8
+  for (int j = R::TOP; j < R::BOTTOM; ++j)
+#pragma GCC unroll 32
+    for (int i = R::LEFT; i < R::RIGHT; ++i) held[j * T::VECTORS + i] = load(g + j * g_row + i * VEC);
+  for (uint32_t k = 0; k < count; ++k) {
+    const char* p = x + offset[k];
+    vf chain[CHAINS] = {};
+#pragma GCC unroll 8
+    for (int j = R::TOP; j < R::BOTTOM; ++j) {
+#pragma GCC unroll 32
+      for (int i = R::LEFT; i < R::RIGHT; ++i) {
+        const int at = j * T::VECTORS + i;
+        chain[at % CHAINS] += held[at] * load(p + (i - R::LEFT) * VEC);
+      }
+      p += pitch;
+    }
+#pragma GCC unroll 4
+    for (int c = 1; c < CHAINS; ++c) chain[0] += chain[c];
+    sums[k] = chain[0];
+  }
+}
+
+template <class T>
+void dot_kernel(const char* x, int64_t pitch, const Record* records, const Runs* runs, int64_t n,
+                const uint32_t* offset, const char* g, int64_t g_channel, int64_t g_row, float* partial,
+                Ahead& ahead) {
   vf sums[HELD_SUMS];
-  int used = 0;
+  uint32_t used = 0;
   for (int64_t r = 0; r < n; ++r) {
     const char* gp = g + int64_t(records[r].channel) * g_channel;
-    for (uint32_t left = records[r].count; left;) {
-      if (used + left > HELD_SUMS && used) {
-        flush(sums, used, partial);
-        partial += used;
-        used = 0;
-      }
-      const uint32_t m = left < HELD_SUMS ? left : HELD_SUMS;
-      vf held[P];
-#pragma GCC unroll 4
-      for (int j = 0; j < G; ++j)
-#pragma GCC unroll 32
-        for (int i = 0; i < X; ++i) held[j * X + i] = load(gp + j * g_row + i * VEC);
-      for (uint32_t k = 0; k < m; ++k) {
-        const char* p = x + offset[k];
-        vf chain[CHAINS];
-#pragma GCC unroll 4
-        for (int c = 0; c < CHAINS; ++c) chain[c] = held[c] * load(p + c / X * pitch + c % X * VEC);
-#pragma GCC unroll 4
-        for (int j = 0; j < G; ++j) {
-#pragma GCC unroll 32
-          for (int i = 0; i < X; ++i)
-            if (j * X + i >= CHAINS) chain[(j * X + i) % CHAINS] += held[j * X + i] * load(p + i * VEC);
-          p += pitch;
+    each_class<T>(records[r].count, runs, r, [&]([[maybe_unused]] auto k, uint32_t left) SFX_LAMBDA {
+      while (left) {
+        if (used + left > HELD_SUMS && used) {
+          flush(sums, used, partial);
+          partial += used;
+          used = 0;
         }
-#pragma GCC unroll 4
-        for (int c = 1; c < CHAINS; ++c) chain[0] += chain[c];
-        sums[used + k] = chain[0];
+        const uint32_t m = left < HELD_SUMS ? left : HELD_SUMS;
+        multiply<T, decltype(k)::value>(x, pitch, offset, m, gp, g_row, sums + used);
+        used += m;
+        left -= m;
+        offset += m;
       }
-      used += m;
-      left -= m;
-      offset += m;
-    }
+    });
     ahead.step();
   }
   flush(sums, used, partial);
 }
 
-template <int G, int X>
+template <int G, int X, int S = 0>
 constexpr Microkernel entry() {
   if constexpr (G * X <= MAX_TILE)
-    return {G, X, fma_kernel<G, X>, dot_kernel<G, X>};
+    return {G, X, S, fma_kernel<Tile<G, X, S>>, dot_kernel<Tile<G, X, S>>};
   else
-    return {G, X, nullptr, nullptr};
+    return {G, X, S, nullptr, nullptr};
+}
+
+// Square tiles of N x N positions of B blocks of images.
+template <int N, int B>
+constexpr Microkernel clipped() {
+  return entry<N, N * B * VECS, B * VECS>();
 }
 
 const Microkernel TABLE[] = {
@@ -113,6 +160,8 @@ const Microkernel TABLE[] = {
     entry<2, 7>(),  entry<2, 8>(),  entry<2, 10>(), entry<2, 12>(), entry<2, 14>(), entry<3, 1>(),  entry<3, 2>(),
     entry<3, 3>(),  entry<3, 4>(),  entry<3, 5>(),  entry<3, 6>(),  entry<3, 7>(),  entry<3, 8>(),  entry<4, 1>(),
     entry<4, 2>(),  entry<4, 3>(),  entry<4, 4>(),  entry<4, 5>(),  entry<4, 6>(),  entry<4, 7>(),
+    clipped<2, 1>(), clipped<2, 2>(), clipped<2, 3>(), clipped<2, 4>(), clipped<2, 6>(), clipped<3, 1>(),
+    clipped<3, 2>(), clipped<3, 3>(), clipped<4, 1>(), clipped<5, 1>(),
 };
 constexpr int COUNT = sizeof(TABLE) / sizeof(TABLE[0]);
 
@@ -123,9 +172,9 @@ const Microkernel* microkernels(int* count) {
   return TABLE;
 }
 
-const Microkernel* find_microkernel(int rows, int vectors) {
+const Microkernel* find_microkernel(int64_t rows, int64_t vectors, int64_t column) {
   for (const Microkernel& m : TABLE)
-    if (m.rows == rows && m.vectors == vectors) return m.fma ? &m : nullptr;
+    if (m.rows == rows && m.vectors == vectors && m.column == column) return m.fma ? &m : nullptr;
   return nullptr;
 }
 

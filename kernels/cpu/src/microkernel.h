@@ -1,5 +1,6 @@
 // The two inner loops. A tile is G rows of X native vectors; every list entry touches all of them.
 #pragma once
+#include "geometry.h"
 #include "simd.h"
 
 namespace sfx {
@@ -52,24 +53,34 @@ struct Ahead {
   int64_t left_ = 0, channel_at_ = 0, row_at_ = 0;
 };
 
+// A clipped tile spans its axes and its packing has no zeros around it: entries whose tap has the first or the last row
+// or column of outputs outside the input touch only the others. A record's entries are then sorted by class, which is
+// clip of the rows * CLIPS + clip of the columns, and `runs` says how many each class has.
+constexpr int CLASSES = CLIPS * CLIPS;
+struct Runs {
+  uint32_t of[CLASSES];
+};
+
 // acc[channel] (+)= value * x[offset + row * pitch] over a chunk's records.
 // `acc` is [channel][G * X] contiguous. With `first` the sums start at zero instead of at `acc`.
-using FmaKernel = void (*)(const char* x, int64_t pitch, const Record* records, int64_t n, const uint32_t* offset,
-                           const float* value, char* acc, bool first, Ahead& ahead);
+using FmaKernel = void (*)(const char* x, int64_t pitch, const Record* records, const Runs* runs, int64_t n,
+                           const uint32_t* offset, const float* value, char* acc, bool first, Ahead& ahead);
 
 // partial[entry] += sum over the tile and its lanes of g[channel] * x[offset]; up to LANES - 1 floats after the last
 // entry are read and written back unchanged.
-using DotKernel = void (*)(const char* x, int64_t pitch, const Record* records, int64_t n, const uint32_t* offset,
-                           const char* g, int64_t g_channel, int64_t g_row, float* partial, Ahead& ahead);
+using DotKernel = void (*)(const char* x, int64_t pitch, const Record* records, const Runs* runs, int64_t n,
+                           const uint32_t* offset, const char* g, int64_t g_channel, int64_t g_row, float* partial,
+                           Ahead& ahead);
 
 struct Microkernel {
   int rows, vectors;
+  int column;  // vectors of one column of a clipped tile, else 0
   FmaKernel fma;
   DotKernel dot;
 };
 
 // All compiled tile shapes, and the one with exactly these rows and native vectors (null if not compiled).
 const Microkernel* microkernels(int* count);
-const Microkernel* find_microkernel(int rows, int vectors);
+const Microkernel* find_microkernel(int64_t rows, int64_t vectors, int64_t column = 0);
 
 }  // namespace sfx

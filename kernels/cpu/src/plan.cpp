@@ -22,7 +22,15 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Packed positions of an axis by the number of outputs that a strip has.
 class Pitches {
  public:
-  Pitches(const AxisMap& axis, int64_t kernel) : axis_(axis), kernel_(kernel) {}
+  Pitches(const AxisMap& axis, int64_t kernel) : axis_(axis), kernel_(kernel) {
+    Packing p;
+    if (!pack_clipped(axis, kernel, &p)) return;
+    clipped_ = p.pitch;
+    for (int64_t tap : axis.tap)
+      touched_ += (1 - double(p.clip[tap] != NO_OUTPUT) / double(axis.count)) / double(axis.tap.size());
+  }
+  int64_t clipped() const { return clipped_; }  // of the whole axis without zeros around it; 0 if it cannot be
+  double touched() const { return touched_; }   // share of its outputs that a tap touches then
   int64_t operator()(int64_t outputs) {
     if (int64_t(known_.size()) <= outputs) known_.resize(outputs + 1, -1);
     if (known_[outputs] < 0) known_[outputs] = std::max<int64_t>(1, pack_axis(axis_, kernel_, outputs).pitch);
@@ -32,9 +40,27 @@ class Pitches {
 
  private:
   const AxisMap& axis_;
-  int64_t kernel_;
+  int64_t kernel_, clipped_ = 0;
+  double touched_ = 0;
   std::vector<int64_t> known_;
 };
+
+// The microkernel for tiles that span their axes and are clipped, null if there is none for these.
+const Microkernel* clipped_microkernel(const Tiling& t, int64_t rows, int64_t cols) {
+  if (t.rows != rows || t.cols != cols) return nullptr;
+  return find_microkernel(t.rows, t.cols * t.batch * VECS, t.batch * VECS);
+}
+
+struct Footprint {
+  int64_t rows, cols;  // packed positions of a tile
+  double touched;      // share of its outputs that an entry touches
+  bool clipped;
+};
+Footprint footprint(Pitches& y, Pitches& x, const Tiling& t) {
+  if (y.clipped() && x.clipped() && clipped_microkernel(t, y.count(), x.count()))
+    return {y.clipped(), x.clipped(), y.touched() * x.touched(), true};
+  return {y(t.rows), x(t.cols), 1, false};
+}
 
 // Cycles for one line to be loaded from where a working set of this many bytes lives.
 double load_cycles(double bytes) { return bytes <= L1_BUDGET ? 0.5 : bytes <= L2_BUDGET ? 1.35 : 5.0; }
@@ -42,21 +68,25 @@ double load_cycles(double bytes) { return bytes <= L1_BUDGET ? 0.5 : bytes <= L2
 // Cycles of a tiling, from the lines it moves. The constants are measured on AVX-512 and only rank candidates.
 double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   const double vectors = double(t.rows * t.cols * t.batch * VECS);
-  const double tile_bytes = double(y(t.rows) * x(t.cols) * t.batch * LINE);
-  const double strip_lines = double(y(t.rows * t.strip_rows) * x(t.cols * t.strip_cols) * t.batch);
+  const Footprint f = footprint(y, x, t);
+  const double tile_bytes = double(f.rows * f.cols * t.batch * LINE);
+  const int64_t strip_rows = f.clipped ? f.rows : y(t.rows * t.strip_rows);
+  const double strip_lines = double(strip_rows * (f.clipped ? f.cols : x(t.cols * t.strip_cols)) * t.batch);
   const double chunks = double(ceil_div(s.live, t.chunk)), blocks = double(ceil_div(s.outputs, t.block));
   const double per_cell = double(s.entries) / (chunks * s.outputs);
   const double records = chunks * s.outputs * (1 - std::exp(-per_cell));
   const double acc = load_cycles(double(t.block) * vectors * LANES * 4 + 64.0 * 1024);
-  double tile = double(s.entries) * (load_cycles(t.chunk * tile_bytes) * vectors + (s.kind == WGRAD ? 4 : 1.5));
+  double tile = load_cycles(t.chunk * tile_bytes) * vectors * f.touched + (s.kind == WGRAD ? 4 : 1.5);
+  tile *= double(s.entries);
   tile += records * (25 + vectors * (s.kind == WGRAD ? 1.0 : 1.6) * acc);
+  if (f.clipped) tile += records * CLASSES * (1 - std::exp(-per_cell / CLASSES)) * 15;
   const double units = s.kind == WGRAD ? blocks * std::ceil(s.entries / blocks * 4 / PARTIAL_BUDGET) : blocks;
   tile += units / blocks * double(s.outputs) * vectors * (1 + acc);  // unpack the sums, or pack the gradient
   const double strips = double(ceil_div(y.count(), t.rows * t.strip_rows) *
                                ceil_div(x.count(), t.cols * t.strip_cols) * ceil_div(s.blocks, t.batch));
   const double tiles = double(ceil_div(y.count(), t.rows) * ceil_div(x.count(), t.cols) * ceil_div(s.blocks, t.batch));
   tile += double(s.outputs * t.rows * t.batch) * 10;  // each row of a tile is a run of its own
-  const double runs = double(s.live * y(t.rows * t.strip_rows) * t.batch);
+  const double runs = double(s.live * strip_rows * t.batch);
   const double packing = strips * blocks * (double(s.live) * strip_lines * VECS * 6 + runs * 15);
   double parallel = 1;
   if (s.kind != WGRAD) {
@@ -80,12 +110,13 @@ Tiling choose(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, cons
   };
   for (int k = 0; k < count; ++k) {
     const Microkernel& m = table[k];
-    if (!m.fma || m.vectors % VECS || m.rows > y.count()) continue;
+    if (!m.fma || m.column || m.vectors % VECS || m.rows > y.count()) continue;
     const int64_t lines = m.vectors / VECS;
     for (int64_t batch = 1; batch <= lines && batch <= s.blocks; ++batch) {
       if (lines % batch || lines / batch > x.count()) continue;
       Tiling t{m.rows, lines / batch, batch, 1, 1, 1, 1};
-      const int64_t tile_bytes = y(t.rows) * x(t.cols) * batch * LINE, acc = t.rows * lines * LINE;
+      const Footprint f = footprint(y, x, t);
+      const int64_t tile_bytes = f.rows * f.cols * batch * LINE, acc = t.rows * lines * LINE;
       const int64_t whole_y = ceil_div(y.count(), t.rows), whole_x = ceil_div(x.count(), t.cols);
       for (int64_t budget : {L1_BUDGET, 3 * L1_BUDGET, L2_BUDGET, INT64_MAX / 2})
         for (int64_t parts : {1, 2, 4, 8}) {
@@ -148,11 +179,16 @@ void finish(PhasePlan& p, const Pattern& pattern, const PassPlan& pass) {
   const int64_t* kernel = pattern.shape.kernel;
   const bool pixels = pass.kind == PIXELS;
   p.kernel = pixels ? pixel_microkernel(t.rows, t.cols, pack_axis(p.x, kernel[1], t.cols).pitch)
-                    : find_microkernel(int(t.rows), int(t.cols * t.batch * VECS));
+                    : clipped_microkernel(t, p.y.count, p.x.count);
+  const bool clipped = !pixels && p.kernel && pack_clipped(p.y, kernel[0], &p.pack_y) &&
+                       pack_clipped(p.x, kernel[1], &p.pack_x);
+  if (!pixels && !clipped) p.kernel = find_microkernel(t.rows, t.cols * t.batch * VECS);
   if (!p.kernel || t.chunk < 1 || t.block < 1 || t.strip_rows < 1 || t.strip_cols < 1)
     throw std::invalid_argument("no microkernel for this tiling");
-  p.pack_y = pack_axis(p.y, kernel[0], t.rows * t.strip_rows);
-  p.pack_x = pack_axis(p.x, kernel[1], t.cols * t.strip_cols);
+  if (!clipped) {
+    p.pack_y = pack_axis(p.y, kernel[0], t.rows * t.strip_rows);
+    p.pack_x = pack_axis(p.x, kernel[1], t.cols * t.strip_cols);
+  }
   p.cell_bytes = pixels ? 4 : t.batch * LINE;
   p.row_bytes = p.pack_x.pitch * p.cell_bytes;
   p.channel_bytes = p.pack_y.pitch * p.row_bytes;
@@ -163,12 +199,15 @@ void finish(PhasePlan& p, const Pattern& pattern, const PassPlan& pass) {
   p.strips_x = ceil_div(p.x.count, t.cols * t.strip_cols);
   p.batches = ceil_div(pass.blocks, t.batch);
   std::vector<int64_t> tap(pattern.shape.taps(), -1);
+  std::vector<uint8_t> tap_class(clipped ? tap.size() : 0);
   for (int64_t r = 0; r < kernel[0]; ++r)
     for (int64_t s = 0; s < kernel[1]; ++s)
-      if (p.pack_y.tap_start[r] >= 0 && p.pack_x.tap_start[s] >= 0)
+      if (p.pack_y.tap_start[r] >= 0 && p.pack_x.tap_start[s] >= 0) {
         tap[r * kernel[1] + s] = p.pack_y.tap_start[r] * p.row_bytes + p.pack_x.tap_start[s] * p.cell_bytes;
+        if (clipped) tap_class[r * kernel[1] + s] = p.pack_y.clip[r] * CLIPS + p.pack_x.clip[s];
+      }
   if (p.packed_bytes(t.chunk) > int64_t(UINT32_MAX)) throw std::length_error("a packed chunk exceeds 4 GiB");
-  p.lists = make_lists(pattern, pass.kind == DGRAD, tap, p.channel_bytes, t.chunk, t.block);
+  p.lists = make_lists(pattern, pass.kind == DGRAD, tap, tap_class, p.channel_bytes, t.chunk, t.block);
 }
 
 }  // namespace

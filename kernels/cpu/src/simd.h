@@ -12,6 +12,7 @@
 #endif
 
 #define SFX_INLINE inline __attribute__((always_inline))
+#define SFX_LAMBDA __attribute__((always_inline))
 
 namespace sfx {
 
