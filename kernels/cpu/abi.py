@@ -28,6 +28,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_conv_pixels": (_INT, [_P, _INT, _P, _I64, _I64, _I64, _P, _P, _INT, _P, _INT]),
     "sfx_linear_rows": (_INT, [_P, _INT, _P, _I64, _P, _P, _INT, _P, _INT]),
     "sfx_convert": (None, [_INT, _INT, _P, _P, _I64, _I64, _I64, _INT, _INT]),
+    "sfx_columns": (None, [_P, _P, _P, _INT]),
     "sfx_norm": (None, [_INT, _INT, _P, _I64, _I64, _I64, _INT]),
     "sfx_masked_copy": (None, [_P, _P, _P, _I64, _INT]),
     "sfx_masked_fold": (None, [_P, _P, _P, _P, _I64, ctypes.c_float, ctypes.c_float, _INT]),

@@ -65,6 +65,14 @@ void sfx_masked_fold(float* moment, const float* collected, float* weight, const
 // sums: <a, b> and <b, b>.
 void sfx_products(const float* a, const float* b, int64_t n, double* sums, int threads);
 
+// What each tap of a convolution reads of some channels, blocks and output rows of its fp32 input:
+// out [n, R, S, blocks, rows, out_w, 16] from x [.., channels, h, w, 16]; zero outside the input.
+struct SfxColumns {
+  int64_t channels, h, w, out_w, kernel[2], stride[2], pad[2], dilation[2];
+  int64_t channel, n, block, blocks, row, rows;  // first, and how many
+};
+void sfx_columns(const SfxColumns* arguments, const float* x, float* out, int threads);
+
 // Max pooling of planes of blocked activations, and its gradient; `taps` has a byte for each output.
 struct SfxPool {
   int64_t in[2], out[2], kernel[2], stride[2], pad[2];

@@ -195,3 +195,27 @@ def test_wrong_arguments_raise(call, message):
 def test_wrong_mask_raises():
     with pytest.raises(ValueError, match="bool"):
         ConvPlan(torch.ones(4, 4, 3, 3))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel, dilation", [((3, 3), 1), ((1, 3), 1), ((3, 1), 1), ((3, 3), 2)])
+@pytest.mark.parametrize("size, batch", [(2, 1), (2, 2), (2, 3), (2, 4), (2, 6), (3, 2), (4, 1), (5, 1)])
+def test_tiles_of_whole_images_equal_dense(size, batch, kernel, dilation, stride):
+    """Small images are cut without the zeros around them where each tap misses one row or column at most."""
+    if dilation > 1 and size == 5:
+        pytest.skip("taps miss two rows, and no other tile is this large")
+    padding = tuple(k // 2 * dilation for k in kernel)
+    case = (
+        16 * batch + 5, 12, 20, (size * stride, size * stride), kernel, (stride, stride), padding,
+        (dilation, dilation), 1, 0.3,
+    )  # fmt: skip
+    plan, _, w, x, b, g, y, dx, dw = _layer(case)
+    p, n = plan(None), x.shape[0]
+    for chunk, block in ((5, 7), (12, 20)):
+        for kind in ("fprop", "dgrad", "wgrad"):
+            p.tune(kind, Tiling(size, size, batch, 1, 1, chunk, block))
+        out = images_of(p.fprop(blocked(x), w, b, images=n))
+        assert error(out[:n], y) < 1e-5
+        assert not out[n:].any()
+        assert error(images_of(p.dgrad(blocked(g), w, tuple(x.shape[2:]), images=n))[:n], dx) < 1e-5
+        assert error(p.wgrad(blocked(g), blocked(x), images=n), dw) < 1e-5

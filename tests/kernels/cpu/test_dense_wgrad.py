@@ -1,0 +1,79 @@
+"""The dense weight gradient on blocked activations against autograd in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsefx.kernels.blocked import CONVERTED_DENSE
+from sparsefx.kernels.cpu import dense_wgrad as module
+from sparsefx.kernels.reference import DENSE
+from sparsefx.kernels.spec import ConvSpec
+from tests.kernels.cpu.helpers import blocked, error
+
+# images, in, out, (H, W), (R, S), stride, padding, dilation, groups
+CASES = {
+    "plain": (32, 6, 5, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "primes": (37, 13, 7, (7, 5), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "stride2": (19, 4, 6, (17, 15), (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "asymmetric": (8, 6, 6, (10, 21), (3, 5), (1, 2), (1, 2), (2, 1), 1),
+    "padding_above_kernel": (4, 5, 6, (6, 6), (3, 3), (1, 1), (4, 3), (1, 1), 1),
+    "pointwise": (33, 9, 4, (7, 7), (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "groups": (16, 12, 6, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 3),
+    "one_image": (1, 3, 7, (9, 11), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+}
+
+
+def _layer(images, inputs, outputs, hw, kernel, stride, padding, dilation, groups):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(images, inputs, *hw, generator=generator)
+    w = torch.randn(outputs, inputs // groups, *kernel, generator=generator)
+    wd = w.double().requires_grad_()
+    y = F.conv2d(x.double(), wd, None, stride, padding, dilation, groups)
+    g = torch.randn(y.shape, generator=generator)
+    y.backward(g.double())
+    return x, w, g, wd.grad
+
+
+@pytest.mark.parametrize("depth, column_bytes", [(1, 1), (96, 3000), (2048, 1 << 20)])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_autograd_however_it_is_cut(case, depth, column_bytes, monkeypatch):
+    monkeypatch.setattr(module, "DEPTH", depth)
+    monkeypatch.setattr(module, "COLUMN_BYTES", column_bytes)
+    x, w, g, wanted = _layer(*case)
+    got = module.dense_wgrad(blocked(g), blocked(x), w.shape[2:], *case[5:])
+    assert got.shape == w.shape
+    assert error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_dense_inside_a_region_takes_it_for_wide_layers(last, monkeypatch):
+    case = (20, 4, 6, (5, 4), (3, 3), (2, 2), (1, 1), (1, 1), 2)
+    x, w, g, wanted = _layer(*case)
+    w = w.contiguous(memory_format=torch.channels_last) if last else w
+    spec = ConvSpec([2, 2], [1, 1], [1, 1], False, [0, 0], 2, x.shape[0])
+    calls = []
+    real = module.dense_wgrad
+    monkeypatch.setattr("sparsefx.kernels.blocked.dense_wgrad", lambda *args: calls.append(1) or real(*args))
+    for channels, count in ((3, 0), (2, 3)):
+        monkeypatch.setattr(module, "FEW_CHANNELS", channels)
+        with torch.no_grad():
+            for_input, both = CONVERTED_DENSE.both(spec, blocked(g), blocked(x), w)
+            alone = CONVERTED_DENSE.dense_wgrad(spec, blocked(g), blocked(x), w)
+            mask = torch.rand(w.shape) < 0.5
+            masked = CONVERTED_DENSE.wgrad(spec, blocked(g), blocked(x), w, mask)
+        assert len(calls) == count
+        assert error(both, wanted) < 1e-5
+        assert error(alone, wanted) < 1e-5
+        assert both.stride() == w.stride()
+        assert torch.equal(masked != 0, mask)
+        assert error(masked, wanted * mask) < 1e-5
+        plain = DENSE.dgrad(spec._replace(images=0), g, x, w)
+        assert error(for_input, blocked(plain).double()) < 1e-5
+
+
+def test_a_gradient_of_the_gradient_goes_through_torch():
+    """Products are opaque to autograd; with gradients enabled the differentiable way is taken."""
+    x, w, g, _ = _layer(3, 4, 6, (5, 4), (1, 1), (1, 1), (0, 0), (1, 1), 1)
+    spec = ConvSpec([1, 1], [0, 0], [1, 1], False, [0, 0], 1, x.shape[0])
+    grad = blocked(g).requires_grad_()
+    assert CONVERTED_DENSE.dense_wgrad(spec, grad, blocked(x), w).requires_grad
