@@ -14,13 +14,26 @@ from sparsefx.kernels.cpu.abi import load
 KINDS = {
     "optimizer and masks": ("Optimizer.",),
     "sparse kernels": ("sfx_conv", "sfx_linear"),
-    "dense convolutions": ("sfx_columns", "aten::mkldnn_convolution", "aten::convolution", "aten::thnn_conv", "mkldnn_convolution"),
+    "dense convolutions": (
+        "sfx_columns",
+        "aten::mkldnn_convolution",
+        "aten::convolution",
+        "aten::thnn_conv",
+        "mkldnn_convolution",
+    ),
     "dense products": ("aten::addmm", "aten::mm", "aten::linear", "aten::bmm", "aten::matmul"),
     "normalization": ("sfx_norm", "aten::native_batch_norm", "aten::batch_norm"),
     "weights in and out": ("sfx_layer_collect", "sfx_layer_scatter"),
     "lists": ("sfx_layer_new", "sfx_layer_tiling"),
     "layout copies": ("sfx_convert", "aten::copy_", "aten::clone", "aten::contiguous", "aten::_to_copy"),
-    "pooling": ("sfx_max_pool", "aten::max_pool2d", "aten::avg_pool2d", "aten::adaptive", "aten::_adaptive", "aten::mean"),
+    "pooling": (
+        "sfx_max_pool",
+        "aten::max_pool2d",
+        "aten::avg_pool2d",
+        "aten::adaptive",
+        "aten::_adaptive",
+        "aten::mean",
+    ),
     "elementwise": (
         "aten::relu",
         "aten::clamp_min",

@@ -198,8 +198,8 @@ def test_wrong_mask_raises():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel, dilation", [((3, 3), 1), ((1, 3), 1), ((3, 1), 1), ((3, 3), 2)])
-@pytest.mark.parametrize("size, batch", [(2, 1), (2, 2), (2, 3), (2, 4), (2, 6), (3, 2), (4, 1), (5, 1)])
+@pytest.mark.parametrize(("kernel", "dilation"), [((3, 3), 1), ((1, 3), 1), ((3, 1), 1), ((3, 3), 2)])
+@pytest.mark.parametrize(("size", "batch"), [(2, 1), (2, 2), (2, 3), (2, 4), (2, 6), (3, 2), (4, 1), (5, 1)])
 def test_tiles_of_whole_images_equal_dense(size, batch, kernel, dilation, stride):
     """Small images are cut without the zeros around them where each tap misses one row or column at most."""
     if dilation > 1 and size == 5:

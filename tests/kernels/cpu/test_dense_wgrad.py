@@ -34,7 +34,7 @@ def _layer(images, inputs, outputs, hw, kernel, stride, padding, dilation, group
     return x, w, g, wd.grad
 
 
-@pytest.mark.parametrize("depth, column_bytes", [(1, 1), (96, 3000), (2048, 1 << 20)])
+@pytest.mark.parametrize(("depth", "column_bytes"), [(1, 1), (96, 3000), (2048, 1 << 20)])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_autograd_however_it_is_cut(case, depth, column_bytes, monkeypatch):
     monkeypatch.setattr(module, "DEPTH", depth)
