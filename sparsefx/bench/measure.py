@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,13 +12,26 @@ from sparsefx.bench.trainers import Trainer
 Clock = Callable[[], float]
 
 
+RARELY = 4
+"""Rounds to one of a call that is timed rarely."""
+
+
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, clock: Clock = time.perf_counter
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Clock = time.perf_counter,
+    rare: Collection[str] = (),
 ) -> dict[str, list[float]]:
-    """Seconds of each call, by name: in every round each runs once, so that drift of the machine hits all alike."""
+    """Seconds of each call, by name: in every round each runs once, so that drift of the machine hits all alike.
+
+    Args:
+        rare: Names of calls that run in every fourth round only, from the first on.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for round_ in range(rounds):
         for name, call in calls.items():
+            if name in rare and round_ % RARELY:
+                continue
             start = clock()
             call()
             times[name].append(clock() - start)

@@ -66,7 +66,7 @@ def bench_model(setting: Setting, request: Request, say: Say = print) -> dict[st
     calls["sparse"] = outside.step
     if times is not None:
         calls["window"] = times.step
-    measured = interleaved(calls, _whole(request.rounds, every))
+    measured = interleaved(calls, _whole(request.rounds, every), rare=HALF)
     best = min((name for name in trainers if name not in HALF), key=lambda name: statistics.median(measured[name]))
     window = moments.memory(outside.optimizer.param_groups[0])
     average = amortize(measured["sparse"], times, window)
@@ -197,7 +197,7 @@ def _inference(
         except Exception as error:  # as above
             say(f"inference: {name} does not run ({type(error).__name__})")
             del calls[name]
-    measured = interleaved(calls, 3 * rounds)
+    measured = interleaved(calls, 3 * rounds, rare=HALF)
     for trainer in (*trainers.values(), ours):
         trainer.model.train()
     rows = {name: ms(times) for name, times in measured.items()}
