@@ -14,6 +14,8 @@ import torch
 SMALLEST = 4 << 20
 """Bytes from which a tensor's memory is kept; below, the allocator of the process keeps it itself."""
 _ALIGNMENT = 2 << 20
+_SLACK = 1.5
+"""Most that is lent and kept, over the most that was ever lent at once: sizes come and go within a step."""
 
 _lock = threading.RLock()
 _free: dict[int, list[np.ndarray]] = {}
@@ -52,14 +54,14 @@ def take(size: int, advise: Callable[[int, int], None]) -> torch.Tensor:
 
 
 def _give_back(memory: np.ndarray) -> None:
-    """Keep what was lent, as long as lent and kept memory together are no more than was ever lent at once."""
+    """Keep what was lent, as long as lent and kept memory together are little more than was ever lent at once."""
     global _kept, _lent
     with _lock:
         _lent -= memory.size
         _free.setdefault(memory.size, []).append(memory)
         _kept += memory.size
         for size in list(_free):
-            while _kept + _lent > _most_lent and _free[size] and size != memory.size:
+            while _kept + _lent > _SLACK * _most_lent and _free[size] and size != memory.size:
                 _free[size].pop()
                 _kept -= size
 

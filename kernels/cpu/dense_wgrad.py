@@ -55,7 +55,7 @@ def dense_wgrad(
     blocks = max(1, min(all_blocks, DEPTH // (out_h * row_depth)))
     width = max(1, min(per_group, COLUMN_BYTES // (4 * taps * blocks * rows * row_depth)))
     columns = empty(lib, (width * taps * blocks * rows * row_depth,), torch.float32)
-    out = torch.empty(outs, per_group, *kernel)
+    out = empty(lib, (outs, per_group, *kernel), torch.float32)
     matrices = out.view(groups, outs // groups, per_group * taps)
     for block in range(0, all_blocks, blocks):
         for row in range(0, out_h, rows):
