@@ -197,7 +197,7 @@ def _inference(
         except Exception as error:  # as above
             say(f"inference: {name} does not run ({type(error).__name__})")
             del calls[name]
-    measured = interleaved(calls, 3 * rounds, rare=HALF)
+    measured = interleaved(calls, 3 * rounds if batch == 1 else rounds, rare=HALF)
     for trainer in (*trainers.values(), ours):
         trainer.model.train()
     rows = {name: ms(times) for name, times in measured.items()}

@@ -189,8 +189,9 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
               from += (c - unit.chunk0) * lists.chunk * p.channel_bytes;
             }
             p.kernel->dot(from, p.row_bytes, lists.records.data() + cell.first_record,
-                          lists.runs_at(cell.first_record), cell.end_record - cell.first_record, lists.offset.data() + cell.entry, held_g,
-                          channel_pitch, row_pitch, partial + (cell.entry - e0), ahead);
+                          lists.runs_at(cell.first_record), cell.end_record - cell.first_record,
+                          lists.offset.data() + cell.entry, held_g, channel_pitch, row_pitch,
+                          partial + (cell.entry - e0), ahead);
           }
         }
     }

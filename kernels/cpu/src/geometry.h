@@ -1,5 +1,6 @@
 // Where a convolution reads and writes: taps, phases, and how a strip of input is packed.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -25,6 +26,10 @@ std::vector<AxisMap> fprop_axis(int64_t kernel, int64_t stride, int64_t pad, int
 std::vector<AxisMap> dgrad_axis(int64_t kernel, int64_t stride, int64_t pad, int64_t dilation, int64_t in_size,
                                 int64_t out_size);
 
+// The output that a tap misses because it would read outside the input.
+enum Clip : uint8_t { NO_OUTPUT = 0, FIRST_OUTPUT = 1, LAST_OUTPUT = 2 };
+constexpr int CLIPS = 3;
+
 // Packing of one axis for a strip of `outputs` outputs. Input coordinates of the same residue modulo in_step lie next
 // to each other, so a tap reads `outputs` consecutive packed positions. Where a strip spans the axis, the zeros after
 // its last position double as the zeros before the next one's first: `pitch` is then less than `source.size()`.
@@ -32,10 +37,9 @@ struct Packing {
   std::vector<int64_t> source;     // input coordinate of each packed position for the strip at output 0
   std::vector<int64_t> tap_start;  // by kernel index: packed position that output 0 reads, -1 if not in this phase
   int64_t pitch = 0;
-  std::vector<uint8_t> clip;       // by kernel index, of a clipped packing only: the output that reads outside the input
+  std::vector<uint8_t> clip;       // by kernel index, of a clipped packing only
+  bool clips() const { return std::count(clip.begin(), clip.end(), NO_OUTPUT) < int64_t(clip.size()); }
 };
-enum Clip : uint8_t { NO_OUTPUT = 0, FIRST_OUTPUT = 1, LAST_OUTPUT = 2 };
-constexpr int CLIPS = 3;
 
 Packing pack_axis(const AxisMap& axis, int64_t kernel, int64_t outputs);
 

@@ -57,8 +57,9 @@ struct Footprint {
   bool clipped;
 };
 Footprint footprint(Pitches& y, Pitches& x, const Tiling& t) {
-  if (y.clipped() && x.clipped() && clipped_microkernel(t, y.count(), x.count()))
-    return {y.clipped(), x.clipped(), y.touched() * x.touched(), true};
+  const double touched = y.touched() * x.touched();
+  if (y.clipped() && x.clipped() && touched < 1 && clipped_microkernel(t, y.count(), x.count()))
+    return {y.clipped(), x.clipped(), touched, true};
   return {y(t.rows), x(t.cols), 1, false};
 }
 
@@ -179,10 +180,11 @@ void finish(PhasePlan& p, const Pattern& pattern, const PassPlan& pass) {
   const int64_t* kernel = pattern.shape.kernel;
   const bool pixels = pass.kind == PIXELS;
   p.kernel = pixels ? pixel_microkernel(t.rows, t.cols, pack_axis(p.x, kernel[1], t.cols).pitch)
-                    : clipped_microkernel(t, p.y.count, p.x.count);
-  const bool clipped = !pixels && p.kernel && pack_clipped(p.y, kernel[0], &p.pack_y) &&
-                       pack_clipped(p.x, kernel[1], &p.pack_x);
-  if (!pixels && !clipped) p.kernel = find_microkernel(t.rows, t.cols * t.batch * VECS);
+                    : find_microkernel(t.rows, t.cols * t.batch * VECS);
+  const Microkernel* const clipping = pixels ? nullptr : clipped_microkernel(t, p.y.count, p.x.count);
+  const bool clipped = clipping && pack_clipped(p.y, kernel[0], &p.pack_y) && pack_clipped(p.x, kernel[1], &p.pack_x) &&
+                       (!p.kernel || p.pack_y.clips() || p.pack_x.clips());
+  if (clipped) p.kernel = clipping;
   if (!p.kernel || t.chunk < 1 || t.block < 1 || t.strip_rows < 1 || t.strip_cols < 1)
     throw std::invalid_argument("no microkernel for this tiling");
   if (!clipped) {
