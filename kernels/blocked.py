@@ -369,8 +369,10 @@ def _as_products(spec: ConvSpec | None, x: Tensor, weight: Tensor) -> bool:
 
 def _dense_wgrad(spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     plain = _plain(spec)
-    geometry = ((a, b) for a, b in (weight.shape[2:], plain.stride, plain.padding, plain.dilation))
-    dense = dense_wgrad(grad.contiguous(), x.contiguous(), *geometry, plain.groups)
+    kernel, stride, padding, dilation = (
+        (a, b) for a, b in (weight.shape[2:], plain.stride, plain.padding, plain.dilation)
+    )
+    dense = dense_wgrad(grad.contiguous(), x.contiguous(), kernel, stride, padding, dilation, plain.groups)
     return dense.contiguous(memory_format=_FORMATS[is_channels_last(weight)])
 
 
