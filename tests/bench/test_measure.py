@@ -39,8 +39,9 @@ def test_calls_alternate_and_their_times_are_theirs():
 
     calls = {"a": lambda: call("a", 1.0), "b": lambda: call("b", 3.0)}
     assert interleaved(calls, 3, lambda: now[0]) == {"a": [1.0] * 3, "b": [3.0] * 3}
-    assert interleaved(calls, 6, lambda: now[0], rare="b") == {"a": [1.0] * 6, "b": [3.0] * 2}
     assert order == ["a", "b"] * 3
+    assert interleaved(calls, 6, lambda: now[0], rare=["b"]) == {"a": [1.0] * 6, "b": [3.0] * 2}
+    assert order[6:] == ["a", "b", "a", "a", "a", "a", "b", "a"]
 
 
 def test_window_times_are_sorted():
