@@ -111,12 +111,13 @@ Tiling choose(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, cons
   };
   for (int k = 0; k < count; ++k) {
     const Microkernel& m = table[k];
-    if (!m.fma || m.column || m.vectors % VECS || m.rows > y.count()) continue;
+    if (!m.fma || m.vectors % VECS || m.rows > y.count()) continue;
     const int64_t lines = m.vectors / VECS;
     for (int64_t batch = 1; batch <= lines && batch <= s.blocks; ++batch) {
       if (lines % batch || lines / batch > x.count()) continue;
       Tiling t{m.rows, lines / batch, batch, 1, 1, 1, 1};
       const Footprint f = footprint(y, x, t);
+      if (m.column && !f.clipped) continue;
       const int64_t tile_bytes = f.rows * f.cols * batch * LINE, acc = t.rows * lines * LINE;
       const int64_t whole_y = ceil_div(y.count(), t.rows), whole_x = ceil_div(x.count(), t.cols);
       for (int64_t budget : {L1_BUDGET, 3 * L1_BUDGET, L2_BUDGET, INT64_MAX / 2})

@@ -197,6 +197,17 @@ def test_wrong_mask_raises():
         ConvPlan(torch.ones(4, 4, 3, 3))
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_small_images_get_tiles_of_whole_images(size, isa):
+    if isa != "avx512":
+        pytest.skip("fewer registers hold only the smallest")
+    mask = torch.rand(64, 64, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.05
+    p = ConvPlan(mask, 1, 1, isa=isa)
+    for kind in ("fprop", "dgrad", "wgrad"):
+        tiling, _ = p.tiling(kind, size, size, 128)
+        assert (tiling.rows, tiling.cols) == (size, size)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("kernel", "dilation"), [((3, 3), 1), ((1, 3), 1), ((3, 1), 1), ((3, 3), 2)])
 @pytest.mark.parametrize(("size", "batch"), [(2, 1), (2, 2), (2, 3), (2, 4), (2, 6), (3, 2), (4, 1), (5, 1)])
