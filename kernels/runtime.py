@@ -54,6 +54,7 @@ class Runtime:
         masked: Address and version of the weight gradient that backward returned last, while nothing can have been
             added to it unseen; None makes `reach` mask what arrives.
         current_grad: Returns the weight's `.grad`, to see whether a new accumulation begins.
+        hooked: The weight whose hook calls `reach`; None while there is none.
     """
 
     _by_handle: "ClassVar[weakref.WeakValueDictionary[int, Runtime]]" = weakref.WeakValueDictionary()
@@ -65,6 +66,7 @@ class Runtime:
         self.collecting = False
         self.collected: Tensor | None = None
         self.current_grad: Callable[[], Tensor | None] = lambda: None
+        self.hooked: weakref.ref[Tensor] | None = None
         self._accumulated: tuple[int, int] | None = None
         self._staged: dict[int, _Staged] = {}
         self._total: Tensor | None = None

@@ -40,9 +40,10 @@ class SparseCpu:
 
     def fprop(self, spec: ConvSpec | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Output of the layer."""
-        wide_bias = None if bias is None else bias.float()
+        wide_bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
         if spec is None:
-            return self.linear.fprop(_rows(x), weight, wide_bias).view(*x.shape[:-1], -1)
+            out = self.linear.fprop(_rows(x), weight, wide_bias)
+            return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
         if spec.images:
             return self.conv.fprop(x, weight, wide_bias, images=spec.images)
         images = x.shape[0]
@@ -72,6 +73,8 @@ class SparseCpu:
 
 
 def _rows(x: Tensor) -> Tensor:
+    if x.dim() == 2 and x.is_contiguous():
+        return x
     return x.detach().reshape(-1, x.shape[-1]).contiguous()
 
 

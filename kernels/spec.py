@@ -53,7 +53,7 @@ def is_channels_last(x: Tensor) -> bool:
 def bias_grad(grad: Tensor, spec: ConvSpec | None) -> Tensor:
     """Sum `grad`, `[N, O, *space]` for a convolution or `[..., O]` for a linear layer, to `[O]`."""
     if spec is None:
-        return grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad.sum(0) if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1]).sum(0)
     if spec.images and grad.dim() == 4:
         return grad.flatten(1).sum(1)
     if spec.images:  # contiguous runs, which torch sums several times faster than all dimensions at once

@@ -54,6 +54,15 @@ class SparseLayer(nn.Module):
         """Whether the layer stays dense for good, as at density 1.0."""
         return self._full
 
+    @property
+    def masks_gradient(self) -> bool:
+        """Whether a hook of the weight masks its gradient, whatever computes it; or none is needed."""
+        weight = self.weight
+        if self._full or not weight.requires_grad:
+            return True
+        hooked = self._runtime.hooked
+        return hooked is not None and hooked() is weight
+
     @torch.no_grad()
     def set_mask_(self, mask: Tensor) -> None:
         """Replace the mask in place and zero the weights that no longer exist.
@@ -111,10 +120,12 @@ class SparseLayer(nn.Module):
                 self.weight.register_hook(partial(_reach, layer)),
                 self.weight.register_post_accumulate_grad_hook(partial(_commit, layer)),
             )
+            self._runtime.hooked = weakref.ref(self.weight)
 
     def _unhook(self) -> None:
         for hook in self.__dict__.pop("_hooks", ()):
             hook.remove()
+            self._runtime.hooked = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

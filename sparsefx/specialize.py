@@ -1,5 +1,6 @@
 """From masks to executable plans: candidates, measurement, choice, and re-planning as masks change (contracts 7, 9)."""
 
+import math
 import platform
 import statistics
 import time
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from sparsefx import choices
 from sparsefx.errors import BackendWarning
+from sparsefx.graph.regions import DENSE as DENSE_GRAPH
+from sparsefx.graph.regions import LAYERS
 from sparsefx.kernels.blocked import CONVERTED_DENSE, Converted
 from sparsefx.kernels.compaction import Compaction
 from sparsefx.kernels.cpu.build import CompilerUnavailable
@@ -64,11 +67,13 @@ class Specializer:
         missing: Why the CPU kernels cannot be built; empty if they can.
         generation: How often a table was loaded.
         identity: Of the model, for choices between its graphs that are kept on disk.
+        graph: Name of the graph that the latest call ran.
         settle: Called before a plan is built anew, to put the masks of an averaged copy right.
     """
 
     def __init__(self, identity: str = "") -> None:
         self.identity = identity
+        self.graph = LAYERS
         self.generation = 0
         self.table: dict[str, str] = {}
         self.rebuilds: dict[str, int] = {}
@@ -103,7 +108,7 @@ class Specializer:
         """Backend of each pass as last called; dense where a pass has not run."""
         plan = self._plans.get(layer.handle)
         chosen = dict.fromkeys(PASSES, "dense")
-        if plan is not None:
+        if plan is not None and self.graph != DENSE_GRAPH:
             chosen.update({key[0]: name for key, name in plan.choices.items()})
             chosen.update({kind: plan.choices[key] for kind, key in plan.running.items()})
         return chosen
@@ -171,18 +176,18 @@ class Specializer:
         plan.running[kind] = key
         return self._backend(plan, name, spec)
 
-    def choose_graph(self, key: tuple, calls: list[Callable[[], Any]]) -> int:
-        """Index of the fastest of several equal graphs: dense stays 0, from the table or by measuring them."""
-        entry = repr((key, torch.get_num_threads()))
-        names = [str(index) for index in range(len(calls))]
-        known = self._known(entry, names, f"{self.identity} ")
+    def choose_graph(self, key: tuple, calls: dict[str, Callable[[], Any]]) -> str:
+        """Name of the fastest of several equal graphs, from the table or by measuring them."""
+        entry = repr((key, tuple(calls), torch.get_num_threads()))
+        known = self._known(entry, calls, f"{self.identity} ")
         if known is None:
             start = time.perf_counter()
-            times = interleaved(calls, torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
-            times[0] *= _MARGIN
-            known = self._keep(entry, names[times.index(min(times))], f"{self.identity} ")
+            device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+            times = dict(zip(calls, interleaved(list(calls.values()), device), strict=True))
+            times[DENSE_GRAPH] = times.get(DENSE_GRAPH, math.inf) * _MARGIN
+            known = self._keep(entry, min(times, key=times.__getitem__), f"{self.identity} ")
             self.seconds += time.perf_counter() - start
-        return int(known)
+        return known
 
     def _known(self, entry: str, names: Iterable[str], prefix: str = "") -> str | None:
         """The choice among `names` for an entry: this model's, else the one on disk."""
@@ -308,7 +313,7 @@ class Specializer:
 
 
 class GraphChoice:
-    """`Specializer.choose_graph` as a model keeps it, with the generation of the table."""
+    """`Specializer.choose_graph` as a model keeps it, with the generation of the table and the graph that runs."""
 
     def __init__(self, specializer: Specializer) -> None:
         self.specializer = specializer
@@ -317,7 +322,15 @@ class GraphChoice:
     def generation(self) -> int:
         return self.specializer.generation
 
-    def __call__(self, key: tuple, calls: list[Callable[[], Any]]) -> int:
+    @property
+    def running(self) -> str:
+        return self.specializer.graph
+
+    @running.setter
+    def running(self, graph: str) -> None:
+        self.specializer.graph = graph
+
+    def __call__(self, key: tuple, calls: dict[str, Callable[[], Any]]) -> str:
         return self.specializer.choose_graph(key, calls)
 
 

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from sparsefx.specialize import Specializer
+
+CHOOSE_GRAPH = Specializer.choose_graph
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -29,6 +32,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def choices_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads what an earlier one measured, or leaves anything behind."""
     monkeypatch.setenv("SPARSEFX_CHOICES", "off")
+
+
+@pytest.fixture(autouse=True)
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models run layer by layer unless a test asks for another graph: on small shapes the dense one is often faster."""
+    monkeypatch.setattr(Specializer, "choose_graph", lambda self, key, calls: "layers")
+
+
+@pytest.fixture(params=["layers", "dense"])
+def either_graph(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test holds layer by layer and in the dense graph; the name of the one that runs."""
+    monkeypatch.setattr(Specializer, "choose_graph", lambda self, key, calls: request.param)
+    return request.param
+
+
+@pytest.fixture
+def graph_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is chosen by measurement, as it is for users."""
+    monkeypatch.setattr(Specializer, "choose_graph", CHOOSE_GRAPH)
 
 
 @pytest.fixture(autouse=True)

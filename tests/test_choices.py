@@ -14,6 +14,7 @@ import sparsefx
 from sparsefx import choices, specialize
 from sparsefx.kernels.cpu import build
 
+pytestmark = pytest.mark.usefixtures("graph_measured")
 CODE = """
 import json, torch
 from torch import nn

@@ -10,6 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparsefx
 
+pytestmark = pytest.mark.usefixtures("either_graph")
+
 
 def make():
     torch.manual_seed(0)

@@ -30,6 +30,8 @@ from tests.masked_dense import (
     train_step,
 )
 
+pytestmark = pytest.mark.usefixtures("either_graph")
+
 
 class Recorder:
     """A `grow` rule that notes the first moments it is shown, and grows like "momentum"."""

@@ -16,6 +16,8 @@ OPTIMIZERS = {
 }
 MOMENTS = ("momentum_buffer", "exp_avg")
 
+pytestmark = pytest.mark.usefixtures("either_graph")
+
 
 def pair(window, memory_format=torch.contiguous_format):
     """A sparse network whose layers run masked dense, and its dense twin."""

@@ -90,11 +90,11 @@ def require(name: str, tensor: torch.Tensor, *, dtype: torch.dtype | None = None
     Raises:
         ValueError: if it is not a contiguous CPU tensor of the dtype (fp32 or bf16 if None) and dimension.
     """
-    wanted = [dtype] if dtype else list(DTYPES)
-    sound = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in wanted
+    wanted = (dtype,) if dtype else tuple(DTYPES)
+    sound = tensor.is_cpu and tensor.dtype in wanted and tensor.is_contiguous()
     if not sound or (dims is not None and tensor.dim() != dims):
         raise ValueError(
-            f"{name}: expected a contiguous CPU tensor of {wanted}"
+            f"{name}: expected a contiguous CPU tensor of {list(wanted)}"
             + (f" with {dims} dimensions" if dims else "")
             + ", "
             f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; call .contiguous() or convert it"

@@ -53,9 +53,10 @@ def cpu_name() -> str:
     return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
 
 
-def supported_isas() -> list[str]:
+@functools.cache
+def supported_isas() -> tuple[str, ...]:
     """Instruction sets that this processor runs, fastest first; "portable" is always the last."""
-    return [isa for isa in ISAS if _NEEDS[isa] <= _cpu_flags()]
+    return tuple(isa for isa in ISAS if _NEEDS[isa] <= _cpu_flags())
 
 
 def default_isa() -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sparsefx.errors import LayerError, TraceWarning
-from sparsefx.graph.regions import Choose, Chooser, observed
+from sparsefx.graph.regions import LAYERS, Choose, Chooser, observed
 from sparsefx.graph.snapshot import RandomState, State
 from sparsefx.graph.trace import IsLeaf, Trace, trace, why_called
 
@@ -156,7 +156,7 @@ def install(
     is_leaf: IsLeaf,
     extras: dict[str, Any],
     mixins: tuple[type, ...] = (),
-    choose: Choose = lambda key, calls: 0,
+    choose: Choose = lambda key, calls: LAYERS,
 ) -> Program:
     """Give a model its generated forward.
 

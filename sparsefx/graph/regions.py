@@ -1,4 +1,4 @@
-"""Run a graph in regions where that is faster: build the regions, check them against the graph, and choose by time."""
+"""Run a graph as it is fastest: layer by layer, in regions, or dense; each is checked against the graph, then timed."""
 
 import math
 import warnings
@@ -13,13 +13,18 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from sparsefx.errors import TraceWarning
+from sparsefx.graph.dense import dense
 from sparsefx.graph.fuse import fuse
 from sparsefx.graph.layout import DTYPES, assign, record
 from sparsefx.graph.snapshot import RandomState, State
+from sparsefx.graph.trace import Container
+from sparsefx.layers import SparseLayer
 
-Choose = Callable[[tuple, list[Callable[[], Any]]], int]
-"""`(key, calls) -> index` of the call to prefer, by measurement or from a table; asked again when its attribute
-`generation` changes, as after a table was loaded."""
+Choose = Callable[[tuple, dict[str, Callable[[], Any]]], str]
+"""`(key, calls) -> name` of the call to prefer, by measurement or from a table; asked again when its attribute
+`generation` changes, as after a table was loaded. Its attribute `running` is told what each call runs."""
+LAYERS, REGIONS, DENSE = "layers", "regions", "dense"
+"""Names of the graphs to choose from."""
 _TOLERANCE = 1e-2
 """Relative norm of the difference between both graphs' outputs: kernels round differently, and a wrong graph is far."""
 _NUDGE, _NUDGED = 1e-6, 100
@@ -31,43 +36,50 @@ _MOST_MEASURED = 16
 """After so many kinds of calls new ones are no longer measured: ever new sizes would measure at each call."""
 
 
-class Fast:
-    """A graph with regions, as a function of the model, and the guards of the modules that it absorbed."""
+class Variant:
+    """A rewritten graph, as a function of the model, and the guards of the modules that it does not call as they are.
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, inputs: tuple[Tensor, ...]) -> None:
-        regions = assign(model, graph, record(model, graph, inputs))
-        self.graph = None if regions is None else regions.graph
-        self.absorbed = () if regions is None else regions.absorbed
-        if self.graph is not None:
-            fuse(model, self.graph)
-            self.function = function(self.graph)
+    Args:
+        graph: The new graph.
+        absorbed: What each of these modules must stay like.
+        unmasked: Sparse layers whose weight gradient only the weight's hook masks.
+    """
+
+    def __init__(
+        self, name: str, graph: fx.Graph, absorbed: tuple[Container, ...], unmasked: tuple[SparseLayer, ...] = ()
+    ) -> None:
+        self.name, self.graph, self.absorbed, self.unmasked = name, graph, absorbed, unmasked
+        self.function = function(graph)
 
     def holds(self) -> bool:
-        """Whether every absorbed module is as it was: same object and mode, no hooks."""
-        return all(container.holds() for container in self.absorbed)
+        """Whether every absorbed module is as it was: same object and mode, no hooks, gradients masked."""
+        for container in self.absorbed:
+            if not container.holds():
+                return False
+        return all(layer.masks_gradient for layer in self.unmasked)
 
 
 class Chooser:
-    """The choice between a graph and its regions, once for each kind of call.
+    """The choice between a graph, its regions, and dense layers, once for each kind of call.
 
     Attributes:
-        compiled: What a compiled graph runs: the latest choice.
-        problem: Why regions are not run although they could be; empty otherwise.
+        compiled: What a compiled graph runs: the latest choice; None for the graph itself.
+        problem: Why another graph is not run although it could be; empty otherwise.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, choose: Choose) -> None:
         self.model, self.plain, self.choose = model, function(graph), choose
         self.old = graph
-        self.compiled: Fast | None = None
+        self.compiled: Variant | None = None
         self.problem = ""
-        self._built: dict[tuple, Fast] = {}
-        self._choices: dict[tuple, Fast | None] = {}
+        self._built: dict[tuple, dict[str, Variant]] = {}
+        self._choices: dict[tuple, Variant | None] = {}
         self._generation = 0
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """Run what was chosen for such a call, choosing first if need be."""
         if torch.compiler.is_compiling():
-            fast = self.compiled
+            variant = self.compiled
         else:
             key = call_key(inputs)
             if self._generation != getattr(self.choose, "generation", 0):
@@ -77,18 +89,19 @@ class Chooser:
                 if observed(self.model) or _capturing():
                     return self.plain(self.model, *inputs)
                 self._choices[key] = self._choice(key, inputs)
-            fast = self.compiled = self._choices[key]
-        if fast is None or not fast.holds():
+            variant = self.compiled = self._choices[key]
+            self.choose.running = LAYERS if variant is None else variant.name  # pyright: ignore[reportFunctionMemberAccess]
+        if variant is None or not variant.holds():
             return self.plain(self.model, *inputs)
-        return fast.function(self.model, *inputs)
+        return variant.function(self.model, *inputs)
 
     @property
     def graph(self) -> fx.Graph:
         """The graph of the latest call."""
-        fast = self.compiled
-        return self.old if fast is None or fast.graph is None or not fast.holds() else fast.graph
+        variant = self.compiled
+        return self.old if variant is None or not variant.holds() else variant.graph
 
-    def _choice(self, key: tuple, inputs: tuple[Tensor, ...]) -> Fast | None:
+    def _choice(self, key: tuple, inputs: tuple[Tensor, ...]) -> Variant | None:
         if not all(_ordinary(x) for x in inputs) or self.problem or len(self._choices) >= _MOST_MEASURED:
             return None
         before, generators = State(self.model), RandomState()
@@ -100,34 +113,43 @@ class Chooser:
                 before.restore()
                 generators.restore()
 
-        fast = self._fast(inputs, restored)
-        if fast.graph is None:
+        variants = {name: v for name, v in self._variants(inputs, restored).items() if v.holds()}
+        if not variants:
             return None
-        functions = self.plain, fast.function
-        expected, got = (restored(partial(detached, call, self.model, inputs)) for call in functions)
-        error = distance(expected, got)
+        functions = {LAYERS: self.plain} | {name: variant.function for name, variant in variants.items()}
+        outputs = {n: restored(partial(detached, call, self.model, inputs)) for n, call in functions.items()}
+        error = max(distance(outputs[LAYERS], outputs[name]) for name in variants)
         if error > _TOLERANCE:
             nudged = tuple(x * (1 + _NUDGE * torch.sign(torch.sin(1e4 * x))) for x in inputs)
             other = restored(partial(detached, self.plain, self.model, nudged))
-            error /= max(1.0, _NUDGED * distance(expected, other) / _TOLERANCE)
+            error /= max(1.0, _NUDGED * distance(outputs[LAYERS], other) / _TOLERANCE)
         if not error <= _TOLERANCE:
-            self.problem = "has regions whose results differ from those of its graph"
+            self.problem = "has a rewritten graph whose results differ from those of its own"
             warnings.warn(
-                f"{type(self.model).__name__}: expected regions of blocked activations to give the graph's results, "
+                f"{type(self.model).__name__}: expected graphs of blocked or dense layers to give the graph's results, "
                 "got others; it runs without them. Please report the model",
                 TraceWarning,
                 stacklevel=2,
             )
             return None
-        steps = [partial(step, call, self.model, inputs) for call in functions]
-        chosen = restored(partial(self.choose, ("regions", self.model.training, *key), steps))[0]
-        return fast if chosen else None
+        steps = {name: partial(step, call, self.model, inputs) for name, call in functions.items()}
+        chosen = restored(partial(self.choose, ("graphs", self.model.training, *key), steps))[0]
+        return variants.get(chosen)
 
-    def _fast(self, inputs: tuple[Tensor, ...], restored: Callable) -> Fast:
+    def _variants(self, inputs: tuple[Tensor, ...], restored: Callable) -> dict[str, Variant]:
         shape = tuple((x.shape[1:], x.dtype) for x in inputs)
         if shape not in self._built:
-            self._built[shape] = restored(partial(Fast, self.model, self.old, inputs))[0]
+            built = [Variant(DENSE, *dense(self.model, self.old))]
+            regions = restored(partial(self._regions, inputs))[0]
+            self._built[shape] = {variant.name: variant for variant in (*regions, *built)}
         return self._built[shape]
+
+    def _regions(self, inputs: tuple[Tensor, ...]) -> list[Variant]:
+        regions = assign(self.model, self.old, record(self.model, self.old, inputs))
+        if regions is None:
+            return []
+        fuse(self.model, regions.graph)
+        return [Variant(REGIONS, regions.graph, regions.absorbed)]
 
 
 def observed(model: nn.Module) -> bool:

@@ -111,10 +111,15 @@ NETS: dict[str, Any] = {
 }
 
 
+def prefer_regions(calls: Any) -> str:
+    """A choice between graphs: regions where the model has any."""
+    return "regions" if "regions" in calls else "layers"
+
+
 @pytest.fixture
 def in_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regions wherever they are possible, and sparse kernels in them: on shapes this small dense is faster."""
-    monkeypatch.setattr(Specializer, "choose_graph", lambda self, key, calls: 1)
+    monkeypatch.setattr(Specializer, "choose_graph", lambda self, key, calls: prefer_regions(calls))
 
     def choose(self: Specializer, plan: Any, key: Any, spec: Any, weight: Tensor, call: Any) -> str:
         return self._candidates(plan, spec, weight)[-1]

@@ -20,6 +20,7 @@ from tests.graph.region_nets import (
     conversions,
     in_regions,
     pair,
+    prefer_regions,
     relative,
 )
 
@@ -204,7 +205,7 @@ def test_the_gradient_of_missing_weights_is_collected():
 def test_choices_by_shape_and_gradients():
     model, _ = pair(NETS["vgg"](), image())
     asked = []
-    model._sparsefx.choose = lambda key, calls: asked.append(key) or 1
+    model._sparsefx.choose = lambda key, calls: asked.append(key) or prefer_regions(calls)
     chooser = model._sparsefx.current(model).chooser
     chooser.choose = model._sparsefx.choose
     model(image(7))
@@ -225,7 +226,7 @@ def test_summary_tells_of_regions():
 
 def test_regions_with_other_results_are_not_run(monkeypatch):
     monkeypatch.setattr(blocked, "mean", lambda x: x.mean((2, 3), keepdim=True) * 1.5)
-    with pytest.warns(TraceWarning, match="regions of blocked activations"):
+    with pytest.warns(TraceWarning, match="graphs of blocked or dense layers"):
         model, twin = pair(NETS["wrn"]().eval(), image())
     assert conversions(model) == (0, 0)
     x = image()
@@ -245,7 +246,7 @@ def test_a_loaded_table_decides_again():
     model, _ = pair(NETS["vgg"](), x)
     with torch.no_grad():
         inside = model(x)
-    model._sparsefx.current(model).chooser.choose.specializer.choose_graph = lambda key, calls: 0
+    model._sparsefx.current(model).chooser.choose.specializer.choose_graph = lambda key, calls: "layers"
     state = model.scheduler.specializer.state_dict()
     with torch.no_grad():
         assert torch.equal(model(x), inside)
@@ -266,7 +267,7 @@ def test_a_dropout_that_drops_nothing_is_left_out():
 def test_ever_new_shapes_are_not_measured_for_ever():
     model, _ = pair(NETS["vgg"](), image())
     chooser, asked = model._sparsefx.current(model).chooser, []
-    chooser.choose = lambda key, calls: asked.append(key) or 1
+    chooser.choose = lambda key, calls: asked.append(key) or prefer_regions(calls)
     with torch.no_grad():
         for images in range(2, 40):
             model(image(images))
