@@ -15,11 +15,11 @@ from sparsefx.kernels import chwn
 from sparsefx.kernels.cpu.abi import BLOCK
 from sparsefx.kernels.cpu.dense_wgrad import dense_wgrad, products_pay
 from sparsefx.kernels.cpu.layout import from_blocked, to_blocked
-from sparsefx.kernels.cpu.norm import batch_norm_backward, batch_norm_forward
+from sparsefx.kernels.cpu.norm import apply_prologue, batch_norm_backward, batch_norm_forward
 from sparsefx.kernels.cpu.pool import Pool, max_pool_backward, max_pool_forward
 from sparsefx.kernels.masking import masked_
 from sparsefx.kernels.reference import Dense
-from sparsefx.kernels.spec import ConvSpec, is_channels_last
+from sparsefx.kernels.spec import ConvSpec, Prologue, is_channels_last
 
 
 def is_blocked(device: torch.device) -> bool:
@@ -107,8 +107,53 @@ def batch_norm(
     Returns:
         Blocked output, and in training the batch's mean and biased variance, `[C]`, which carry no gradient.
     """
-    y, batch_mean, batch_var, _ = _Norm.apply(x, residual, weight, bias, mean, var, training, eps, images, relu)
+    y, batch_mean, batch_var, _ = _Norm.apply(x, residual, weight, bias, mean, var, training, eps, images, relu, True)
     return y, batch_mean, batch_var
+
+
+def batch_norm_unwritten(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    *,
+    training: bool,
+    eps: float,
+    images: int,
+    relu: bool,
+) -> tuple[Tensor, Prologue, Tensor, Tensor]:
+    """`batch_norm` whose output nobody writes: convolutions compute it as they read.
+
+    Returns:
+        A tensor that stands for the output in the graph of gradients and holds `x`; what its readers do to it; and the
+        statistics.
+    """
+    stands, used_mean, used_var, rstd = _Norm.apply(
+        x, None, weight, bias, mean, var, training, eps, images, relu, False
+    )
+    with torch.no_grad():
+        scale = rstd if weight is None else rstd * weight
+        shift = torch.zeros_like(rstd) if bias is None else bias.detach().clone()
+    return stands, Prologue(used_mean, scale, shift, relu), used_mean, used_var
+
+
+def prepared(spec: ConvSpec | None, x: Tensor, prologue: Prologue) -> Tensor:
+    """What a convolution with a prologue reads of `x`, for a backend that does not do it itself."""
+    assert spec is not None
+    return _Prepared.apply(x, prologue, spec.images)
+
+
+class _Prepared(torch.autograd.Function):
+    """The input of a convolution with a prologue stands for the result, so that the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, prologue: Prologue, images: int) -> Tensor:
+        return apply_prologue(x, prologue, images)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, None, None
 
 
 class _Norm(torch.autograd.Function):
@@ -125,9 +170,18 @@ class _Norm(torch.autograd.Function):
         eps: float,
         images: int,
         relu: bool,
+        write: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        run = torch.ops.sparsefx.blocked_norm if torch.compiler.is_compiling() else _norm
-        y, used_mean, used_var, rstd = run(x, residual, weight, bias, mean, var, training, eps, images, relu)
+        if write:
+            run = torch.ops.sparsefx.blocked_norm if torch.compiler.is_compiling() else _norm
+            y, used_mean, used_var, rstd = run(x, residual, weight, bias, mean, var, training, eps, images, relu)
+        else:
+            x = x.contiguous()
+            _, used_mean, used_var, rstd = batch_norm_forward(
+                x, weight, bias, mean, var, training=training, eps=eps, images=images, write=False
+            )
+            # Of the same memory, but no view: autograd refuses some views as outputs.
+            y = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())  # pyright: ignore[reportCallIssue]
         # Without a residual backward finds the sign behind the ReLU in x, and y need not be kept.
         kept = y if relu and residual is not None else None
         ctx.save_for_backward(x, kept, weight, bias, used_mean, used_var, rstd)
@@ -143,7 +197,7 @@ class _Norm(torch.autograd.Function):
             run = torch.ops.sparsefx.blocked_norm_backward
         elif torch.is_grad_enabled():
             given = x, y, weight, bias, mean, var
-            return (*_differentiable(ctx.needs_input_grad, grad, given, ctx.options), *[None] * 6)
+            return (*_differentiable(ctx.needs_input_grad, grad, given, ctx.options), *[None] * 7)
         else:
             run = _norm_backward
         dx, dweight, dbias, dresidual = run(grad, x, y, weight, bias, mean, rstd, training, images, relu, added)
@@ -152,7 +206,7 @@ class _Norm(torch.autograd.Function):
             dresidual if added else None,
             None if weight is None else dweight,
             None if bias is None else dbias,
-            *[None] * 6,
+            *[None] * 7,
         )
 
 
@@ -196,6 +250,7 @@ def _norm(
         residual=None if residual is None else residual.contiguous(),
         relu=relu,
     )
+    assert out.y is not None
     return out.y, out.mean, out.var, out.rstd
 
 

@@ -11,13 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsefx.kernels.runtime import Runtime
-from sparsefx.kernels.spec import ConvSpec, channels, is_channels_last
+from sparsefx.kernels.spec import ConvSpec, Prologue, channels, is_channels_last
 
 # What an operator runs changes with the mask and the window, so that Inductor must not freeze it in a CUDA graph.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int, spec: ConvSpec) -> Tensor:
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    handle: int,
+    spec: ConvSpec,
+    prologue: Prologue | None = None,
+) -> Tensor:
     """Convolution with a masked weight.
 
     Args:
@@ -27,35 +35,44 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: i
         mask: Bool, of the weight's shape.
         handle: Of the layer's `Runtime`.
         spec: Geometry, and whether activations are batch-innermost.
+        prologue: What is done to blocked `x` first; the gradient of `x` is that of its result. Not in a compiled graph.
     Returns:
         `[N, O, *space]`, laid out like `x`. The weight's gradient is zero where the mask is False.
     """
     if torch.compiler.is_compiling():
         return torch.ops.sparsefx.conv(x, weight, bias, mask, handle, *spec)
-    return _Eager.apply(x, weight, bias, mask, handle, spec)
+    return _Eager.apply(x, weight, bias, mask, handle, spec, prologue)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int) -> Tensor:
     """Linear layer with a masked weight `[O, I]`: `[..., I]` to `[..., O]`."""
     if torch.compiler.is_compiling():
         return torch.ops.sparsefx.linear(x, weight, bias, mask, handle)
-    return _Eager.apply(x, weight, bias, mask, handle, None)
+    return _Eager.apply(x, weight, bias, mask, handle, None, None)
 
 
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int, spec: ConvSpec | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor,
+        handle: int,
+        spec: ConvSpec | None,
+        prologue: Prologue | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
-        ctx.runtime, ctx.spec = Runtime.of(handle), spec
-        return ctx.runtime.fprop(spec, x, weight, bias, mask)
+        ctx.runtime, ctx.spec, ctx.prologue = Runtime.of(handle), spec, prologue
+        return ctx.runtime.fprop(spec, x, weight, bias, mask, prologue)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, mask = ctx.saved_tensors
-        grads = ctx.runtime.backward(ctx.spec, grad, x, weight, mask, list(ctx.needs_input_grad[:3]))
-        return (*grads, None, None, None)
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = ctx.runtime.backward(ctx.spec, grad, x, weight, mask, wanted, ctx.prologue)
+        return (*grads, None, None, None, None)
 
 
 def _strided(out: Tensor, like: Tensor) -> Tensor:

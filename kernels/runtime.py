@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from sparsefx.kernels.blocked import CONVERTED_DENSE
+from sparsefx.kernels.blocked import CONVERTED_DENSE, prepared
 from sparsefx.kernels.masking import any_nonzero, masked, masked_
 from sparsefx.kernels.reference import DENSE
-from sparsefx.kernels.spec import ConvSpec, bias_grad
+from sparsefx.kernels.spec import ConvSpec, Prologue, bias_grad
 
 
 class Backend(Protocol):
-    """How a layer computes its three passes; the shapes are those of `Dense`."""
+    """How a layer computes its three passes; the shapes are those of `Dense`.
+
+    One with a true attribute `takes_prologue` takes one as the last argument of `fprop` and `wgrad`.
+    """
 
     name: str
 
@@ -34,6 +37,10 @@ class Backend(Protocol):
 def dense_for(spec: ConvSpec | None) -> Any:
     """Masked dense for the layout that `spec` speaks of."""
     return CONVERTED_DENSE if spec is not None and spec.images else DENSE
+
+
+def _takes_prologue(backend: Any) -> bool:
+    return getattr(backend, "takes_prologue", False)
 
 
 class _Staged(NamedTuple):
@@ -93,18 +100,38 @@ class Runtime:
     def __reduce__(self) -> tuple:
         return Runtime, (self.name,)
 
-    def fprop(self, spec: ConvSpec | None, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+    def fprop(
+        self,
+        spec: ConvSpec | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor,
+        prologue: Prologue | None = None,
+    ) -> Tensor:
         """Output of the layer."""
-        backend = self.choose("fprop", spec, x, None, weight, mask) if self.choose else dense_for(spec)
-        return backend.fprop(spec, x, weight, bias)
+        backend: Any = self.choose("fprop", spec, x, None, weight, mask) if self.choose else dense_for(spec)
+        if prologue is None:
+            return backend.fprop(spec, x, weight, bias)
+        if _takes_prologue(backend):
+            return backend.fprop(spec, x, weight, bias, prologue)
+        return backend.fprop(spec, prepared(spec, x, prologue), weight, bias)
 
     def backward(
-        self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, wanted: list[bool]
+        self,
+        spec: ConvSpec | None,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        wanted: list[bool],
+        prologue: Prologue | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias, each where `wanted`; the weight's is zero where the mask is False."""
         for_bias = bias_grad(grad, spec) if wanted[2] else None
         masked_dense = dense_for(spec)
         if torch.is_grad_enabled():  # for a double backward: differentiable, and masked when it reaches the weight
+            x = x if prologue is None else prepared(spec, x, prologue)
             for_input = masked_dense.dgrad(spec, grad, x, weight) if wanted[0] else None
             for_weight = masked_dense.dense_wgrad(spec, grad, x, weight) if wanted[1] else None
             return for_input, for_weight, for_bias
@@ -113,6 +140,10 @@ class Runtime:
         wgrad = (
             (masked_dense if self.collecting else choose("wgrad", spec, x, grad, weight, mask)) if wanted[1] else None
         )
+        arguments = ()
+        if prologue is not None and wgrad is not None:
+            arguments = (prologue,) if _takes_prologue(wgrad) else ()
+            x = x if arguments else prepared(spec, x, prologue)
         if wgrad is masked_dense:
             if dgrad is masked_dense and spec is not None:
                 for_input, dense = masked_dense.both(spec, grad, x, weight)
@@ -126,7 +157,7 @@ class Runtime:
                 for_weight = masked_(dense, mask)
         else:
             for_input = dgrad.dgrad(spec, grad, x, weight) if dgrad else None
-            for_weight = wgrad.wgrad(spec, grad, x, weight, mask) if wgrad else None
+            for_weight = wgrad.wgrad(spec, grad, x, weight, mask, *arguments) if wgrad else None
         if for_weight is not None:
             self.masked = for_weight.data_ptr(), for_weight._version
         return for_input, for_weight, for_bias

@@ -6,7 +6,7 @@ from torch import Tensor
 from sparsefx.kernels.cpu.conv import ConvPlan
 from sparsefx.kernels.cpu.layout import from_blocked, to_blocked
 from sparsefx.kernels.cpu.linear import LinearPlan
-from sparsefx.kernels.spec import ConvSpec, is_channels_last
+from sparsefx.kernels.spec import ConvSpec, Prologue, is_channels_last
 
 FEW_IMAGES = 2
 """Up to here lanes over pixels beat lanes over images, of which a block has 16."""
@@ -24,6 +24,7 @@ class SparseCpu:
     """
 
     name = "sparse"
+    takes_prologue = True
 
     def __init__(self, mask: Tensor, spec: ConvSpec | None) -> None:
         if spec is None:
@@ -38,14 +39,21 @@ class SparseCpu:
         shape = spec is None or (not spec.transposed and mask.dim() == 4 and not (spec.images and x.dim() == 4))
         return shape and x.device.type == "cpu" and x.dtype in _TYPES and x.numel() > 0
 
-    def fprop(self, spec: ConvSpec | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Output of the layer."""
+    def fprop(
+        self,
+        spec: ConvSpec | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        prologue: Prologue | None = None,
+    ) -> Tensor:
+        """Output of the layer; a prologue comes with blocked activations alone."""
         wide_bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
         if spec is None:
             out = self.linear.fprop(_rows(x), weight, wide_bias)
             return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
         if spec.images:
-            return self.conv.fprop(x, weight, wide_bias, images=spec.images)
+            return self.conv.fprop(x, weight, wide_bias, images=spec.images, prologue=prologue)
         images = x.shape[0]
         if images <= FEW_IMAGES:
             return self.conv.infer(x.detach().contiguous(), weight, wide_bias).contiguous(memory_format=_format(x))
@@ -61,12 +69,20 @@ class SparseCpu:
         blocked = self.conv.dgrad(to_blocked(grad), weight, (space[0], space[1]), images=images)
         return from_blocked(blocked, images, _format(x))
 
-    def wgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    def wgrad(
+        self,
+        spec: ConvSpec | None,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        prologue: Prologue | None = None,
+    ) -> Tensor:
         """Gradient of the existing weights, zero at the missing ones."""
         if spec is None:
             return self.linear.scatter(self.linear.wgrad_values(_rows(grad), _rows(x)), weight.dtype)
         if spec.images:
-            values = self.conv.wgrad_values(grad.contiguous(), x, images=spec.images)
+            values = self.conv.wgrad_values(grad.contiguous(), x, images=spec.images, prologue=prologue)
         else:
             values = self.conv.wgrad_values(to_blocked(grad), to_blocked(x), images=x.shape[0])
         return self.conv.scatter(values, weight.dtype)

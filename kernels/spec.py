@@ -40,6 +40,18 @@ class ConvSpec(NamedTuple):
         return (*outer[:-1], weight.shape[0], *space, lanes)
 
 
+class Prologue(NamedTuple):
+    """What a layer does to each element of its input as it reads it: `(x - mean) * scale + shift`, then a ReLU.
+
+    `mean`, `scale` and `shift` are `[I]` fp32 without gradients.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    shift: Tensor
+    relu: bool
+
+
 def channels(x: Tensor, spec: ConvSpec) -> int:
     """Number of channels of activations."""
     return x.shape[0] if spec.images and x.dim() == 4 else x.shape[1]

@@ -15,19 +15,28 @@ from sparsefx.kernels import blocked as kernels
 from sparsefx.kernels import ops
 from sparsefx.kernels.cpu.abi import BLOCK
 from sparsefx.kernels.cpu.layout import as_channels_last, from_channels_last
-from sparsefx.kernels.spec import ConvSpec
+from sparsefx.kernels.spec import ConvSpec, Prologue
 from sparsefx.layers import SparseConv2d
 
 enter = kernels.enter
 leave = kernels.leave
 
 
-def conv(layer: SparseConv2d, x: Tensor, images: int, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+Prepared = tuple[Tensor, Prologue | None]
+"""Activations, and what a convolution does to them as it reads; the gradient is that of the result."""
+
+
+def conv(
+    layer: SparseConv2d, x: Tensor | Prepared, images: int, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
     """The layer on blocked activations, then `+ residual`, then a ReLU."""
-    x, weight, bias = layer._operands(x)
+    given, prologue = x if isinstance(x, tuple) else (x, None)
+    x, weight, bias = layer._operands(given)
     _, padding = layer._pad(x)
     spec = ConvSpec(list(layer.stride), padding, list(layer.dilation), False, [0, 0], layer.groups, images)
-    out = ops.conv(x, weight, bias, layer.weight_mask, layer.handle, spec)
+    if prologue is not None and x.dtype != given.dtype:  # autocast rounds what is read, not what that is made of
+        x, prologue = kernels.prepared(spec, given, prologue).to(x.dtype), None
+    out = ops.conv(x, weight, bias, layer.weight_mask, layer.handle, spec, prologue)
     if residual is not None:
         out = out.add_(residual)
     return torch.relu_(out) if relu else out
@@ -42,30 +51,48 @@ def batch_norm(
         out = nn.BatchNorm2d.forward(layer, x.reshape(1, c, h * w, n)).view(x.shape)
         out = out if residual is None else out.add_(residual)
         return torch.relu_(out) if relu else out
-    factor = 0.0 if layer.momentum is None else layer.momentum
+    factor = _factor(layer)
+    y, mean, var = kernels.batch_norm(x, residual, *_of(layer), **_options(layer), images=images, relu=relu)
+    _track(layer, mean, var, factor, images * x.shape[2] * x.shape[3])
+    return y
+
+
+def prepare(layer: nn.BatchNorm2d, x: Tensor, images: int, relu: bool = False) -> Prepared:
+    """`batch_norm` for convolutions alone, which then normalize what they read; a compiled graph writes the result."""
+    if x.dim() == 4 or torch.compiler.is_compiling():
+        return batch_norm(layer, x, images, relu=relu), None
+    factor = _factor(layer)
+    stands, prologue, mean, var = kernels.batch_norm_unwritten(
+        x, *_of(layer), **_options(layer), images=images, relu=relu
+    )
+    _track(layer, mean, var, factor, images * x.shape[2] * x.shape[3])
+    return stands, prologue
+
+
+def _of(layer: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    return layer.weight, layer.bias, layer.running_mean, layer.running_var
+
+
+def _options(layer: nn.BatchNorm2d) -> dict[str, Any]:
+    return {"training": layer.training or layer.running_mean is None or layer.running_var is None, "eps": layer.eps}
+
+
+def _factor(layer: nn.BatchNorm2d) -> float:
+    """Share of this batch in the running statistics; counts the batch."""
     if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
         if layer.momentum is None:
-            factor = 1.0 / float(layer.num_batches_tracked)
+            return 1.0 / float(layer.num_batches_tracked)
+    return 0.0 if layer.momentum is None else layer.momentum
+
+
+def _track(layer: nn.BatchNorm2d, mean: Tensor, var: Tensor, factor: float, count: int) -> None:
+    """Move the running statistics towards those of a batch of `count` values a channel."""
     running_mean, running_var = layer.running_mean, layer.running_var
-    y, mean, var = kernels.batch_norm(
-        x,
-        residual,
-        layer.weight,
-        layer.bias,
-        running_mean,
-        running_var,
-        training=layer.training or running_mean is None or running_var is None,
-        eps=layer.eps,
-        images=images,
-        relu=relu,
-    )
     if layer.training and layer.track_running_stats and running_mean is not None and running_var is not None:
-        count = images * x.shape[2] * x.shape[3]
         with torch.no_grad():
             running_mean.lerp_(mean, factor)
             running_var.lerp_(var * (count / (count - 1)), factor)
-    return y
 
 
 def max_pool2d(

@@ -1,9 +1,17 @@
 """Sparse 2-D convolution on blocked activations `[ceil(N / 16), C, H, W, 16]`."""
 
+import ctypes
+
 import torch
+
+from sparsefx.kernels.spec import Prologue
 
 from .abi import BLOCK, DTYPES, check, empty, pointer, require
 from .plan import PASSES, LayerPlan
+
+
+class _Prologue(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("mean", "scale", "shift")), ("relu", ctypes.c_int32))
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -61,6 +69,7 @@ class ConvPlan(LayerPlan):
         bias: torch.Tensor | None = None,
         *,
         images: int | None = None,
+        prologue: Prologue | None = None,
         relu: bool = False,
     ) -> torch.Tensor:
         """Convolve.
@@ -70,13 +79,14 @@ class ConvPlan(LayerPlan):
             weight: `[O, I / groups, R, S]`, or its values `[nnz]` from `collect`.
             bias: `[O]` fp32.
             images: How many images `x` holds; all of its lanes if None.
+            prologue: What is done to `x` first.
             relu: Clamp the result at zero.
         Returns:
             `[B, O, H', W', 16]` of x's dtype.
         """
         h, w = self._check("x", x, self.mask_shape[1] * self.groups, images)
         out = empty(self._lib, (x.shape[0], self.mask_shape[0], *self.out_hw(h, w), BLOCK), x.dtype)
-        self._gather("fprop", x, h, w, weight, bias, images, relu, out)
+        self._gather("fprop", x, h, w, weight, bias, images, relu, out, prologue)
         return out
 
     def infer(
@@ -107,15 +117,17 @@ class ConvPlan(LayerPlan):
         self._gather("dgrad", g, h, w, weight, None, images, False, out)
         return out
 
-    def wgrad_values(self, g: torch.Tensor, x: torch.Tensor, *, images: int | None = None) -> torch.Tensor:
-        """Gradient of the existing weights, fp32 `[nnz]` in row-major order."""
+    def wgrad_values(
+        self, g: torch.Tensor, x: torch.Tensor, *, images: int | None = None, prologue: Prologue | None = None
+    ) -> torch.Tensor:
+        """Gradient of the existing weights, fp32 `[nnz]` in row-major order; `prologue` is done to `x` first."""
         h, w = self._check("x", x, self.mask_shape[1] * self.groups, images)
         if self._check("g", g, self.mask_shape[0], images) != self.out_hw(h, w) or g.dtype != x.dtype:
             raise ValueError(f"g: expected {self.out_hw(h, w)} positions of {x.dtype}, got {tuple(g.shape)} {g.dtype}")
         values = torch.empty(self.nnz, dtype=torch.float32)
         status = self._lib.sfx_conv_wgrad(
-            self._handle, DTYPES[x.dtype], pointer(g), pointer(x), images or x.shape[0] * BLOCK, h, w, pointer(values),
-            torch.get_num_threads(),
+            self._handle, DTYPES[x.dtype], pointer(g), pointer(x), images or x.shape[0] * BLOCK, h, w,
+            self._prologue(prologue), pointer(values), torch.get_num_threads(),
         )  # fmt: skip
         check(self._lib, status)
         return values
@@ -133,6 +145,16 @@ class ConvPlan(LayerPlan):
             )
         return t.shape[2], t.shape[3]
 
+    def _prologue(self, prologue: Prologue | None) -> object:
+        if prologue is None:
+            return None
+        channels = self.mask_shape[1] * self.groups
+        for name, tensor in zip(("mean", "scale", "shift"), prologue[:3], strict=True):
+            require(name, tensor, dtype=torch.float32, dims=1)
+            if tensor.numel() != channels:
+                raise ValueError(f"{name}: expected {channels} values, got {tensor.numel()}; pass one a channel of x")
+        return ctypes.byref(_Prologue(*(pointer(tensor) for tensor in prologue[:3]), prologue.relu))
+
     def _gather(
         self,
         kind: str,
@@ -144,10 +166,11 @@ class ConvPlan(LayerPlan):
         images: int | None,
         relu: bool,
         out: torch.Tensor,
+        prologue: Prologue | None = None,
     ) -> None:
         values, bias = self.collect(weight), self._bias(bias)
         status = self._lib.sfx_conv_gather(
             self._handle, PASSES[kind], DTYPES[x.dtype], pointer(x), images or x.shape[0] * BLOCK, h, w,
-            pointer(values), pointer(bias), relu, pointer(out), torch.get_num_threads(),
+            self._prologue(prologue), pointer(values), pointer(bias), relu, pointer(out), torch.get_num_threads(),
         )  # fmt: skip
         check(self._lib, status)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from sparsefx.kernels.spec import Prologue
+
 from .abi import BLOCK, DTYPES, empty, load, pointer, require
 
 
@@ -21,7 +23,7 @@ class _Arguments(ctypes.Structure):
 class Normalized(NamedTuple):
     """Result of the forward pass: `y` blocked; `mean`, biased `var` and `rstd` that it used, `[C]` fp32."""
 
-    y: torch.Tensor
+    y: torch.Tensor | None
     mean: torch.Tensor
     var: torch.Tensor
     rstd: torch.Tensor
@@ -48,6 +50,7 @@ def batch_norm_forward(
     images: int | None = None,
     residual: torch.Tensor | None = None,
     relu: bool = False,
+    write: bool = True,
 ) -> Normalized:
     """Normalize, add `residual`, clamp at zero.
 
@@ -57,6 +60,7 @@ def batch_norm_forward(
         mean, var: The statistics to use outside of training, `[C]` fp32.
         training: Use the statistics of the batch.
         images: How many images `x` holds; all of its lanes if None.
+        write: Whether to compute `y`, not the statistics alone.
     Raises:
         ValueError: in training with a single value per channel, in eval without statistics.
     """
@@ -68,7 +72,7 @@ def batch_norm_forward(
     if training and n * h * w < 2:
         raise ValueError("batch norm: expected more than 1 value per channel in training, got 1; use eval mode")
     lib = load()
-    y = empty(lib, x.shape, x.dtype)
+    y = empty(lib, x.shape, x.dtype) if write else None
     if training:
         mean, var, rstd = (torch.empty(c) for _ in range(3))
     elif mean is None or var is None:
@@ -80,8 +84,23 @@ def batch_norm_forward(
         bias=_channels_or_blocked(bias), mean=pointer(mean), var=pointer(var), rstd=pointer(rstd), eps=eps,
         training=training, relu=relu,
     )  # fmt: skip
-    lib.sfx_norm(0, DTYPES[x.dtype], ctypes.byref(arguments), n, c, h * w, torch.get_num_threads())
+    if training or write:
+        lib.sfx_norm(0, DTYPES[x.dtype], ctypes.byref(arguments), n, c, h * w, torch.get_num_threads())
     return Normalized(y, mean, var, rstd)
+
+
+def apply_prologue(x: torch.Tensor, prologue: Prologue, images: int) -> torch.Tensor:
+    """What a convolution with this prologue reads of `x` `[B, C, H, W, 16]`, to the last bit."""
+    require("x", x, dims=5)
+    _, c, h, w, _ = x.shape
+    lib = load()
+    y = empty(lib, x.shape, x.dtype)
+    arguments = _Arguments(
+        x=pointer(x), y=pointer(y), mean=pointer(prologue.mean), rstd=pointer(prologue.scale),
+        bias=pointer(prologue.shift), training=False, relu=prologue.relu,
+    )  # fmt: skip
+    lib.sfx_norm(0, DTYPES[x.dtype], ctypes.byref(arguments), images, c, h * w, torch.get_num_threads())
+    return y
 
 
 def batch_norm_backward(

@@ -1,4 +1,7 @@
-"""The fuse pass: in a region, BatchNorm or convolution with the residual and the ReLU behind it."""
+"""The fuse pass: in a region, BatchNorm or convolution with the residual and the ReLU behind it.
+
+A BatchNorm, with its ReLU, that only convolutions read is computed by them as they read, and never written.
+"""
 
 import operator
 from typing import Any
@@ -8,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sparsefx import blocked
+from sparsefx.graph.layout import IN_PLACE
 
 _RELUS = {torch.relu, torch.relu_, F.relu, "relu", "relu_"}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -18,7 +22,27 @@ def fuse(model: nn.Module, graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target in (blocked.batch_norm, blocked.conv):
             _fuse(model, graph, node)
+    for node in graph.nodes:
+        if node.target is blocked.batch_norm and _for_convolutions_alone(model, node):
+            node.target = blocked.prepare
     graph.lint()
+
+
+def _for_convolutions_alone(model: nn.Module, node: fx.Node) -> bool:
+    """Whether every reader is a convolution of it, and nothing writes over what the BatchNorm reads."""
+    x: Any = node.args[1]
+    if node.kwargs.get("residual") is not None or any(_writes(model, user) for user in x.users):
+        return False
+    return all(
+        user.target is blocked.conv and user.args[1] is node and user.kwargs.get("residual") is not node
+        for user in node.users
+    )
+
+
+def _writes(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node writes over what it reads."""
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return bool(node.target in IN_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False))
 
 
 def _fuse(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:

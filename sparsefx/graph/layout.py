@@ -37,7 +37,7 @@ _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MULTIPLIES = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _CATS = {torch.cat, torch.concat}
 _MEANS = {torch.mean, "mean"}
-_IN_PLACE = {operator.iadd, operator.imul, torch.relu_, "relu_", "add_", "mul_"}
+IN_PLACE = {operator.iadd, operator.imul, torch.relu_, "relu_", "add_", "mul_"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class _Layout:
         """Put the node into the new graph."""
         kind = self._kind(node)
         module = self.model.get_submodule(node.target) if node.op == "call_module" else None
-        in_place = node.target in _IN_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False)
+        in_place = node.target in IN_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False)
         if in_place and isinstance(node.args[0], fx.Node) and node.args[0] in self.blocks:
             self.overwritten |= any(self.order[user] > self.order[node] for user in node.args[0].users)
         build = self._builder(node, kind, module)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+import sparsefx
 from sparsefx import blocked
+from sparsefx.specialize import Specializer
 from tests.graph.region_nets import NETS, Net, in_regions, pair, relative
 
 __all__ = ["in_regions"]
@@ -14,7 +16,7 @@ X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def fused(model) -> list[tuple[bool, bool]]:
     """For each BatchNorm of the graph, whether it adds a residual and whether it clamps."""
-    norms = [n for n in model.graph.nodes if n.target is blocked.batch_norm]
+    norms = [n for n in model.graph.nodes if n.target in (blocked.batch_norm, blocked.prepare)]
     return [(n.kwargs.get("residual") is not None, bool(n.kwargs.get("relu"))) for n in norms]
 
 
@@ -77,3 +79,118 @@ def test_every_kind_of_norm(affine, track):
             net.train(training)
         assert relative(model(X), twin(X.double())) < 1e-5
     assert fused(model) == [(False, True)]
+
+
+def prepared(model) -> list[str]:
+    """Layers whose output is never written."""
+    return [str(n.args[0].target) for n in model.graph.nodes if n.target is blocked.prepare]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("images", [5, 16])
+def test_convolutions_normalize_what_they_read(training, images):
+    """Pre-activation blocks: every norm before a convolution; gradients as those of the written norm."""
+    x = torch.randn(images, 3, 8, 8) + 2
+    model, twin = pair(NETS["wrn"](), x)
+    for net in (model, twin):
+        net.train(training)
+        torch.nn.init.uniform_(net.body[0].norm1.bias)
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if not k.endswith("weight_mask")})
+    torch.manual_seed(1)
+    out = model(x)
+    assert prepared(model) == [f"body.{k}.norm{i}" for k in (0, 1) for i in ((1, 2) if not training else (1,))]
+    torch.manual_seed(1)
+    expected = twin(x.double())
+    assert relative(out, expected) < 1e-5
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    masks = sparsefx.masks(model)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert relative(p.grad, q.grad * masks.get(name, 1)) < 1e-4, name
+    buffers = dict(model.named_buffers())
+    for name, buffer in twin.named_buffers():
+        torch.testing.assert_close(buffers[name].double(), buffer.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_that_something_else_reads_is_written():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            y = torch.relu(self.norm(x))
+            return self.conv(y) + y
+
+    model, twin = pair(Net(Both()), X)
+    assert relative(model(X), twin(X.double())) < 1e-5
+    assert prepared(model) == []
+
+
+def test_a_norm_whose_input_is_written_over_is_written():
+    class Over(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = x * 2
+            y = self.norm(x)
+            x = x.mul_(0.5)
+            return self.conv(y) + x
+
+    model, twin = pair(Net(Over()), X)
+    assert relative(model(X), twin(X.double())) < 1e-5
+    assert prepared(model) == []
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_a_gradient_of_a_gradient_through_a_prepared_input(backend, monkeypatch):
+    monkeypatch.setattr(Specializer, "_choose", lambda *_: backend)
+    model, twin = pair(Net(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))), X)
+    found = []
+    for net, x in ((model, X.clone().requires_grad_()), (twin, X.double().requires_grad_())):
+        (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), [net.stem.weight, net.body[0].weight]))
+    assert prepared(model) == ["body.0"]
+    masks = sparsefx.masks(model)
+    assert relative(found[0][0], found[1][0] * masks["stem.weight"]) < 1e-4
+    assert relative(found[0][1], found[1][1]) < 1e-4
+
+
+def test_the_dense_gradient_is_collected_of_what_the_convolution_read():
+    model, twin = pair(Net(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))), X)
+    layer = model.body[2]
+    layer.runtime.collecting = True
+    model(X).square().sum().backward()
+    twin(X.double()).square().sum().backward()
+    assert prepared(model) == ["body.0"]
+    assert relative(layer.runtime.collected, twin.body[2].weight.grad) < 1e-5
+
+
+def test_activations_are_kept_once():
+    """Of a norm, its ReLU and the convolution behind them, backward needs what the norm read."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model, _ = pair(Net(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))), X)
+    model(X)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(X)
+    activations = [size for size in kept.values() if size == 16 * 8 * 64 * 4]
+    assert len(activations) == 1
+    out.sum().backward()
+
+
+def test_autocast_rounds_what_is_read():
+    model, _ = pair(Net(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))), X)
+    norm, conv, x = model.body[0], model.body[2], blocked.enter(torch.randn(4, 8, 8, 8) + 1000)
+    with torch.no_grad():
+        exact = blocked.conv(conv, blocked.batch_norm(norm, x, 4, relu=True), 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = blocked.conv(conv, blocked.prepare(norm, x, 4, relu=True), 4)
+    assert rough.dtype == torch.bfloat16
+    assert relative(rough, exact.double()) < 0.02

@@ -22,11 +22,19 @@ int sfx_layer_tiling(void* layer, int kind, int64_t h, int64_t w, int64_t images
 int sfx_layer_collect(void* layer, int dtype, const void* weight, float* values, int threads);
 int sfx_layer_scatter(void* layer, int dtype, const float* values, void* dense, int threads);
 
-// kind: 0 = fprop, 1 = dgrad. h, w: the layer's input size.
+// What a convolution does to each element of its input as it reads it, [channels] each: (x - mean) * scale + shift, then
+// a ReLU where `relu`. Lanes without an image stay zero.
+struct SfxPrologue {
+  const float *mean, *scale, *shift;
+  int32_t relu;
+};
+
+// kind: 0 = fprop, 1 = dgrad. h, w: the layer's input size. prologue: of the input of fprop and wgrad, may be null.
 int sfx_conv_gather(void* layer, int kind, int dtype, const void* in, int64_t images, int64_t h, int64_t w,
-                    const float* values, const float* bias, int relu, void* out, int threads);
+                    const SfxPrologue* prologue, const float* values, const float* bias, int relu, void* out,
+                    int threads);
 int sfx_conv_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, int64_t h, int64_t w,
-                   float* values, int threads);
+                   const SfxPrologue* prologue, float* values, int threads);
 int sfx_linear_gather(void* layer, int kind, int dtype, const void* in, int64_t images, const float* values,
                       const float* bias, int relu, void* out, int threads);
 int sfx_linear_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, float* values,
@@ -47,7 +55,7 @@ void sfx_convert(int to_blocked, int dtype, const void* from, void* to, int64_t 
 // BatchNorm (+ residual) (+ ReLU). Activations are blocked, of one dtype; the rest is fp32 per channel.
 struct SfxNorm {
   const void *x, *residual, *grad;
-  void *y, *dx, *dresidual;                 // backward: y may be null where there is no residual
+  void *y, *dx, *dresidual;                 // y may be null: forward then writes statistics alone, backward has no residual
   const float *weight, *bias;               // null: 1 and 0
   float *mean, *var, *rstd;                 // written when training in forward, else read (var unused)
   float *dweight, *dbias;

@@ -20,6 +20,31 @@ struct Epilogue {
   bool relu;
 };
 
+// What a layer does to each element of its input as it reads it, by channel: (x - mean) * scale + shift, and a ReLU.
+// Nothing where `mean` is null.
+struct Prologue {
+  const float *mean = nullptr, *scale = nullptr, *shift = nullptr;
+  bool relu = false;
+};
+template <bool ACTS>
+struct Prepared {  // a prologue at one channel
+  vf mean, scale, shift;
+  bool clamps;
+  Prepared(const Prologue& p, int64_t c) {
+    if constexpr (ACTS) {
+      mean = splat(p.mean[c]);
+      scale = splat(p.scale[c]);
+      shift = splat(p.shift[c]);
+      clamps = p.relu;
+    }
+  }
+  SFX_INLINE vf operator()(vf x) const {
+    if constexpr (!ACTS) return x;
+    const vf value = (x - mean) * scale + shift;
+    return clamps ? relu(value) : value;
+  }
+};
+
 // Zeros lanes of images that do not exist: the last block's lanes from `images % 16` on.
 struct LaneMask {
   vi keep[VECS];
@@ -35,6 +60,7 @@ template <class T>
 struct Blocked {
   T* data;
   int64_t images, channels, h, w;
+  Prologue prologue = {};
 
   T* at(int64_t block, int64_t channel, int64_t y, int64_t x) const {
     return data + (((block * channels + channel) * h + y) * w + x) * BLOCK;
@@ -42,6 +68,11 @@ struct Blocked {
 
   // Copies the strip at `at` for `n` channels into `out`, [n][rows][columns][batch][16] with pitches of `p`.
   void pack(char* out, const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt at_) const {
+    prologue.mean ? pack_as<true>(out, channel, n, p, at_) : pack_as<false>(out, channel, n, p, at_);
+  }
+  template <bool ACTS>
+  void pack_as(char* out, const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt at_) const {
+    const LaneMask tail(ACTS && images % BLOCK ? images % BLOCK : BLOCK), all(BLOCK);
     const int64_t blocks = (images + BLOCK - 1) / BLOCK, batch = p.tiling.batch;
     const int64_t y0 = at_.y * p.y.in_step, x0 = at_.x * p.x.in_step;
     const int64_t rows = p.pack_y.pitch, columns = p.pack_x.pitch;
@@ -49,7 +80,14 @@ struct Blocked {
     const int64_t first = p.pack_x.source.empty() ? 0 : p.pack_x.source[0] + x0;
     const int64_t left = std::clamp<int64_t>(-first, 0, columns);
     const int64_t right = std::clamp<int64_t>(w - first, left, columns);
-    for (int64_t c = 0; c < n; ++c)
+    for (int64_t c = 0; c < n; ++c) {
+      const Prepared<ACTS> prepared(prologue, channel[c]);
+      const auto line = [&](char* to, const T* from, const LaneMask& mask) SFX_LAMBDA {
+        for (int v = 0; v < VECS; ++v) {
+          const vf value = prepared(load_as_float(from + v * LANES));
+          store(to + v * LANES * 4, ACTS ? mask.apply(value, v) : value);
+        }
+      };
       for (int64_t r = 0; r < rows; ++r) {
         char* to = out + c * p.channel_bytes + r * p.row_bytes;
         const int64_t y = p.pack_y.source[r] + y0;
@@ -58,8 +96,8 @@ struct Blocked {
         } else if (runs) {
           std::memset(to, 0, left * LINE);
           const T* from = at(at_.batch, channel[c], y, first + left);
-          for (int64_t i = 0; i < (right - left) * VECS; ++i)
-            store(to + left * LINE + i * LANES * 4, load_as_float(from + i * LANES));
+          const LaneMask& mask = at_.batch + 1 == blocks ? tail : all;
+          for (int64_t i = 0; i < right - left; ++i) line(to + (left + i) * LINE, from + i * BLOCK, mask);
           std::memset(to + right * LINE, 0, (columns - right) * LINE);
         } else {
           for (int64_t k = 0; k < columns; ++k) {
@@ -69,12 +107,12 @@ struct Blocked {
                 std::memset(to, 0, LINE);
                 continue;
               }
-              const T* from = at(at_.batch + b, channel[c], y, x);
-              for (int v = 0; v < VECS; ++v) store(to + v * LANES * 4, load_as_float(from + v * LANES));
+              line(to, at(at_.batch + b, channel[c], y, x), at_.batch + b + 1 == blocks ? tail : all);
             }
           }
         }
       }
+    }
     std::memset(out + n * p.channel_bytes, 0, p.tail_bytes);
   }
 

@@ -46,20 +46,24 @@ void scatter(const Pattern& p, const float* values, T* dense, int threads) {
   }
 }
 
+Prologue prologue_of(const SfxPrologue* p) {
+  return p ? Prologue{p->mean, p->scale, p->shift, p->relu != 0} : Prologue{};
+}
+
 template <class T>
 void conv_gather(Layer& layer, PassKind kind, const void* in, int64_t images, int64_t h, int64_t w,
-                 const float* values, Epilogue epilogue, void* out, int threads) {
+                 const float* values, Prologue prologue, Epilogue epilogue, void* out, int threads) {
   const auto pass = layer.pass(kind, h, w, blocks_of(images), threads);
-  const Blocked<const T> x{static_cast<const T*>(in), images, pass->in_channels, pass->in_h, pass->in_w};
+  const Blocked<const T> x{static_cast<const T*>(in), images, pass->in_channels, pass->in_h, pass->in_w, prologue};
   const Blocked<T> y{static_cast<T*>(out), images, pass->out_channels, pass->out_h, pass->out_w};
   run_gather(*pass, x, y, values, epilogue, threads);
 }
 
 template <class T>
-void conv_dot(Layer& layer, const void* grad, const void* in, int64_t images, int64_t h, int64_t w, float* values,
-              int threads) {
+void conv_dot(Layer& layer, const void* grad, const void* in, int64_t images, int64_t h, int64_t w, Prologue prologue,
+              float* values, int threads) {
   const auto pass = layer.pass(WGRAD, h, w, blocks_of(images), threads);
-  const Blocked<const T> x{static_cast<const T*>(in), images, pass->in_channels, pass->in_h, pass->in_w};
+  const Blocked<const T> x{static_cast<const T*>(in), images, pass->in_channels, pass->in_h, pass->in_w, prologue};
   const Blocked<const T> g{static_cast<const T*>(grad), images, pass->out_channels, pass->out_h, pass->out_w};
   run_dot(*pass, x, g, values, threads);
 }
@@ -165,18 +169,20 @@ int sfx_layer_scatter(void* handle, int dtype, const float* values, void* dense,
 }
 
 int sfx_conv_gather(void* layer, int kind, int dtype, const void* in, int64_t images, int64_t h, int64_t w,
-                    const float* values, const float* bias, int relu, void* out, int threads) {
+                    const SfxPrologue* prologue, const float* values, const float* bias, int relu, void* out,
+                    int threads) {
   return guarded([&] {
     const auto run = dtype ? conv_gather<bf16> : conv_gather<float>;
-    run(*static_cast<Layer*>(layer), PassKind(kind), in, images, h, w, values, {bias, relu != 0}, out, team(threads));
+    run(*static_cast<Layer*>(layer), PassKind(kind), in, images, h, w, values, prologue_of(prologue),
+        {bias, relu != 0}, out, team(threads));
   });
 }
 
 int sfx_conv_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, int64_t h, int64_t w,
-                   float* values, int threads) {
+                   const SfxPrologue* prologue, float* values, int threads) {
   return guarded([&] {
     const auto run = dtype ? conv_dot<bf16> : conv_dot<float>;
-    run(*static_cast<Layer*>(layer), grad, in, images, h, w, values, team(threads));
+    run(*static_cast<Layer*>(layer), grad, in, images, h, w, prologue_of(prologue), values, team(threads));
   });
 }
 

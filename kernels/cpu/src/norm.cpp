@@ -81,6 +81,7 @@ void forward(const SfxNorm& a, Channel c) {
     a.var[c.index] = float(var);
     a.rstd[c.index] = float(1.0 / std::sqrt(var + a.eps));
   }
+  if (!y) return;
   const Affine affine(a.mean[c.index], a.rstd[c.index], a.weight ? a.weight[c.index] : 1.0f,
                       a.bias ? a.bias[c.index] : 0.0f);
   each(c, [&](int64_t k, const LaneMask& mask, int v) {

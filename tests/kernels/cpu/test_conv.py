@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsefx.kernels.cpu import ConvPlan, Tiling
+from sparsefx.kernels.cpu.norm import apply_prologue
+from sparsefx.kernels.spec import Prologue
 from tests.kernels.cpu.helpers import blocked, error, images_of
 
 # images, in, out, (H, W), (R, S), stride, padding, dilation, groups, density
@@ -230,3 +232,26 @@ def test_tiles_of_whole_images_equal_dense(size, batch, kernel, dilation, stride
         assert not out[n:].any()
         assert error(images_of(p.dgrad(blocked(g), w, tuple(x.shape[2:]), images=n))[:n], dx) < 1e-5
         assert error(p.wgrad(blocked(g), blocked(x), images=n), dw) < 1e-5
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_a_prologue_is_the_same_as_its_result(name, relu):
+    """To the last bit, with zeros around images and in lanes without one."""
+    images, inputs, outputs, hw, kernel, stride, padding, dilation, groups, density = CASES[name]
+    mask = torch.rand(outputs, inputs // groups, *kernel) < density
+    plan = ConvPlan(mask, stride, padding, dilation, groups)
+    x, w = blocked(torch.randn(images, inputs, *hw)), torch.randn(mask.shape) * mask
+    prologue = Prologue(torch.randn(inputs), torch.rand(inputs) + 0.5, torch.randn(inputs) + 1, relu)
+    written = apply_prologue(x, prologue, images)
+    plain = (images_of(x)[:images] - prologue.mean.view(-1, 1, 1)) * prologue.scale.view(-1, 1, 1)
+    plain = plain + prologue.shift.view(-1, 1, 1)
+    assert error(images_of(written)[:images], (plain.relu() if relu else plain).double()) < 1e-5
+    assert not images_of(written)[images:].any()
+    out = plan.fprop(x, w, images=images, prologue=prologue)
+    assert torch.equal(out, plan.fprop(written, w, images=images))
+    grad = torch.randn(out.shape)
+    values = plan.wgrad_values(grad, x, images=images, prologue=prologue)
+    assert torch.equal(values, plan.wgrad_values(grad, written, images=images))
+    with pytest.raises(ValueError, match="one a channel"):
+        plan.fprop(x, w, images=images, prologue=prologue._replace(mean=torch.zeros(inputs + 1)))
