@@ -32,6 +32,8 @@ import sparsefx
 from sparsefx.models import LeNet5Caffe, LeNet300
 
 MODELS: dict[str, type[nn.Module]] = {"lenet300": LeNet300, "lenet5": LeNet5Caffe}
+CHANCE, PATIENCE = 80.0, 3
+"""A run whose validation error (in percent) is above `CHANCE` for so many epochs on end has diverged."""
 KEY = ("model", "density", "window", "granularity", "clip", "epochs", "seed")
 
 
@@ -54,7 +56,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(args: argparse.Namespace, seed: int, data: tuple[Tensor, ...]) -> dict:
-    """Train one network and return its row of the results file; a run whose loss is no number any more stops there."""
+    """Train one network and return its row of the results file; a run that has diverged stops there."""
     images, labels, test_images, test_labels = data
     torch.manual_seed(seed)
     model = MODELS[args.model]().to(memory_format=torch.channels_last)
@@ -81,7 +83,7 @@ def train(args: argparse.Namespace, seed: int, data: tuple[Tensor, ...]) -> dict
     best_valid, best_valid_test = 100.0, 100.0
     seconds = 0.0
     bar = tqdm(range(args.epochs), desc=f"{args.model} {args.density:g} seed {seed}", disable=args.quiet)
-    diverged = None
+    diverged, lost = None, 0
     for epoch in bar:
         start = time.perf_counter()
         for index in kept[torch.randperm(len(kept))].split(args.batch)[:steps_per_epoch]:
@@ -97,7 +99,8 @@ def train(args: argparse.Namespace, seed: int, data: tuple[Tensor, ...]) -> dict
         if error < best_valid:
             best_valid, best_valid_test = error, evaluate(model, test_images, test_labels)
         bar.set_postfix(valid=f"{error:.2f}%")
-        if not math.isfinite(loss.item()):  # pyright: ignore[reportPossiblyUnboundVariable]
+        lost = lost + 1 if error > CHANCE else 0
+        if lost == PATIENCE or not math.isfinite(loss.item()):  # pyright: ignore[reportPossiblyUnboundVariable]
             diverged = epoch + 1
             break
     return {

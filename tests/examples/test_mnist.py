@@ -109,3 +109,10 @@ def test_granularity_from_text() -> None:
     assert mnist.parse_granularity("column:16") == ("column", 16)
     assert mnist.parse_granularity("block:4:4") == ("block", 4, 4)
     assert mnist.parse_granularity("channel:in") == ("channel", "in")
+
+
+def test_a_run_that_stays_at_chance_has_diverged() -> None:
+    images, _ = synthetic(200)
+    labels = torch.randint(10, (200,))
+    row = mnist.train(settings(epochs=9), 0, (images, labels, images[:50], labels[:50]))
+    assert row["diverged_in_epoch"] == mnist.PATIENCE
