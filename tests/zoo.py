@@ -282,6 +282,8 @@ def run(model: nn.Module, case: Case, dtype: torch.dtype, memory_format: torch.m
     args, kwargs = tree_map_only(
         Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, case.inputs(model.training)
     )
+    for target in args[1] if case.family == "detection" and model.training else ():
+        target["keypoints"] = target["keypoints"].float()  # torchvision takes no other type
     if memory_format is not None:
         args = tree_map_only(Tensor, lambda t: t.to(memory_format=memory_format) if t.dim() > 3 else t, args)
     torch.manual_seed(0)
