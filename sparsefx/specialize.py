@@ -1,6 +1,5 @@
 """From masks to executable plans: candidates, measurement, choice, and re-planning as masks change (contracts 7, 9)."""
 
-import math
 import platform
 import statistics
 import time
@@ -184,8 +183,8 @@ class Specializer:
             start = time.perf_counter()
             device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
             times = dict(zip(calls, interleaved(list(calls.values()), device), strict=True))
-            times[DENSE_GRAPH] = times.get(DENSE_GRAPH, math.inf) * _MARGIN
-            known = self._keep(entry, min(times, key=times.__getitem__), f"{self.identity} ")
+            fastest = min(times, key=lambda name: times[name] * (_MARGIN if name == DENSE_GRAPH else 1.0))
+            known = self._keep(entry, fastest, f"{self.identity} ")
             self.seconds += time.perf_counter() - start
         return known
 

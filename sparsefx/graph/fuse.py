@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sparsefx import blocked
-from sparsefx.graph.layout import IN_PLACE
+from sparsefx.graph.layout import writes
 
 _RELUS = {torch.relu, torch.relu_, F.relu, "relu", "relu_"}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -31,18 +31,12 @@ def fuse(model: nn.Module, graph: fx.Graph) -> None:
 def _for_convolutions_alone(model: nn.Module, node: fx.Node) -> bool:
     """Whether every reader is a convolution of it, and nothing writes over what the BatchNorm reads."""
     x: Any = node.args[1]
-    if node.kwargs.get("residual") is not None or any(_writes(model, user) for user in x.users):
+    if node.kwargs.get("residual") is not None or any(writes(model, user) for user in x.users):
         return False
     return all(
         user.target is blocked.conv and user.args[1] is node and user.kwargs.get("residual") is not node
         for user in node.users
     )
-
-
-def _writes(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a node writes over what it reads."""
-    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return bool(node.target in IN_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False))
 
 
 def _fuse(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:

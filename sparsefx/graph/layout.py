@@ -37,7 +37,7 @@ _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MULTIPLIES = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _CATS = {torch.cat, torch.concat}
 _MEANS = {torch.mean, "mean"}
-IN_PLACE = {operator.iadd, operator.imul, torch.relu_, "relu_", "add_", "mul_"}
+_IN_PLACE = {operator.iadd, operator.imul, torch.relu_, "relu_", "add_", "mul_"}
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,7 @@ class _Layout:
         """Put the node into the new graph."""
         kind = self._kind(node)
         module = self.model.get_submodule(node.target) if node.op == "call_module" else None
-        in_place = node.target in IN_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False)
-        if in_place and isinstance(node.args[0], fx.Node) and node.args[0] in self.blocks:
+        if writes(self.model, node) and isinstance(node.args[0], fx.Node) and node.args[0] in self.blocks:
             self.overwritten |= any(self.order[user] > self.order[node] for user in node.args[0].users)
         build = self._builder(node, kind, module)
         if build is None:
@@ -271,6 +270,12 @@ class _Layout:
             self._put(node, self.new.call_function(target, args, map_arg(node.kwargs, self.plain)), x)
 
         return build
+
+
+def writes(model: nn.Module, node: Node) -> bool:
+    """Whether a node writes over what it reads."""
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return bool(node.target in _IN_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False))
 
 
 def _bind(wrapper: Callable, function: Callable) -> Callable:

@@ -90,8 +90,11 @@ class Chooser:
                     return self.plain(self.model, *inputs)
                 self._choices[key] = self._choice(key, inputs)
             variant = self.compiled = self._choices[key]
+        if variant is not None and not variant.holds():
+            variant = None
+        if not torch.compiler.is_compiling():
             self.choose.running = LAYERS if variant is None else variant.name  # pyright: ignore[reportFunctionMemberAccess]
-        if variant is None or not variant.holds():
+        if variant is None:
             return self.plain(self.model, *inputs)
         return variant.function(self.model, *inputs)
 

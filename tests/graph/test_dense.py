@@ -96,6 +96,7 @@ def test_a_hook_on_a_layer_is_called():
     model(x)
     assert seen == [1]
     assert "5" not in ran_dense(model)
+    assert model.scheduler.specializer.graph == "layers", "a graph that no longer holds is not what ran"
 
 
 @pytest.mark.usefixtures("graph_measured")
