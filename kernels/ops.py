@@ -25,6 +25,7 @@ def conv(
     handle: int,
     spec: ConvSpec,
     prologue: Prologue | None = None,
+    centred: bool = False,
 ) -> Tensor:
     """Convolution with a masked weight.
 
@@ -36,19 +37,20 @@ def conv(
         handle: Of the layer's `Runtime`.
         spec: Geometry, and whether activations are batch-innermost.
         prologue: What is done to blocked `x` first; the gradient of `x` is that of its result. Not in a compiled graph.
+        centred: Whether the output's gradient sums to zero in each channel, so that the bias's is zero.
     Returns:
         `[N, O, *space]`, laid out like `x`. The weight's gradient is zero where the mask is False.
     """
     if torch.compiler.is_compiling():
         return torch.ops.sparsefx.conv(x, weight, bias, mask, handle, *spec)
-    return _Eager.apply(x, weight, bias, mask, handle, spec, prologue)
+    return _Eager.apply(x, weight, bias, mask, handle, spec, prologue, centred)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int) -> Tensor:
     """Linear layer with a masked weight `[O, I]`: `[..., I]` to `[..., O]`."""
     if torch.compiler.is_compiling():
         return torch.ops.sparsefx.linear(x, weight, bias, mask, handle)
-    return _Eager.apply(x, weight, bias, mask, handle, None, None)
+    return _Eager.apply(x, weight, bias, mask, handle, None, None, False)
 
 
 class _Eager(torch.autograd.Function):
@@ -62,17 +64,18 @@ class _Eager(torch.autograd.Function):
         handle: int,
         spec: ConvSpec | None,
         prologue: Prologue | None,
+        centred: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
-        ctx.runtime, ctx.spec, ctx.prologue = Runtime.of(handle), spec, prologue
+        ctx.runtime, ctx.spec, ctx.prologue, ctx.centred = Runtime.of(handle), spec, prologue, centred
         return ctx.runtime.fprop(spec, x, weight, bias, mask, prologue)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, mask = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        grads = ctx.runtime.backward(ctx.spec, grad, x, weight, mask, wanted, ctx.prologue)
-        return (*grads, None, None, None, None)
+        grads = ctx.runtime.backward(ctx.spec, grad, x, weight, mask, wanted, ctx.prologue, ctx.centred)
+        return (*grads, *[None] * 5)
 
 
 def _strided(out: Tensor, like: Tensor) -> Tensor:

@@ -126,9 +126,10 @@ class Runtime:
         mask: Tensor,
         wanted: list[bool],
         prologue: Prologue | None = None,
+        centred: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias, each where `wanted`; the weight's is zero where the mask is False."""
-        for_bias = bias_grad(grad, spec) if wanted[2] else None
+        for_bias = bias_grad(grad, spec, centred) if wanted[2] else None
         masked_dense = dense_for(spec)
         if torch.is_grad_enabled():  # for a double backward: differentiable, and masked when it reaches the weight
             x = x if prologue is None else prepared(spec, x, prologue)

@@ -27,16 +27,26 @@ Prepared = tuple[Tensor, Prologue | None]
 
 
 def conv(
-    layer: SparseConv2d, x: Tensor | Prepared, images: int, residual: Tensor | None = None, relu: bool = False
+    layer: SparseConv2d,
+    x: Tensor | Prepared,
+    images: int,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    centred: bool = False,
 ) -> Tensor:
-    """The layer on blocked activations, then `+ residual`, then a ReLU."""
+    """The layer on blocked activations, then `+ residual`, then a ReLU.
+
+    Args:
+        centred: Whether only a BatchNorm of batch statistics reads the output. The gradient that it passes on sums to
+            zero in each channel, and the bias's need not be summed.
+    """
     given, prologue = x if isinstance(x, tuple) else (x, None)
     x, weight, bias = layer._operands(given)
     _, padding = layer._pad(x)
     spec = ConvSpec(list(layer.stride), padding, list(layer.dilation), False, [0, 0], layer.groups, images)
     if prologue is not None and x.dtype != given.dtype:  # autocast rounds what is read, not what that is made of
         x, prologue = kernels.prepared(spec, given, prologue).to(x.dtype), None
-    out = ops.conv(x, weight, bias, layer.weight_mask, layer.handle, spec, prologue)
+    out = ops.conv(x, weight, bias, layer.weight_mask, layer.handle, spec, prologue, centred)
     if residual is not None:
         out = out.add_(residual)
     return torch.relu_(out) if relu else out

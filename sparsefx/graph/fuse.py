@@ -23,8 +23,11 @@ def fuse(model: nn.Module, graph: fx.Graph) -> None:
         if node.target in (blocked.batch_norm, blocked.conv):
             _fuse(model, graph, node)
     for node in graph.nodes:
-        if node.target is blocked.batch_norm and _for_convolutions_alone(model, node):
-            node.target = blocked.prepare
+        if node.target is blocked.batch_norm:
+            if _for_convolutions_alone(model, node):
+                node.target = blocked.prepare
+            if _centres(model, node):
+                node.args[1].kwargs = {"centred": True}
     graph.lint()
 
 
@@ -37,6 +40,14 @@ def _for_convolutions_alone(model: nn.Module, node: fx.Node) -> bool:
         user.target is blocked.conv and user.args[1] is node and user.kwargs.get("residual") is not node
         for user in node.users
     )
+
+
+def _centres(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a BatchNorm takes a mean of the batch off a convolution that nothing else reads."""
+    x: Any = node.args[1]
+    norm: Any = model.get_submodule(str(node.args[0].target))
+    batch = norm.training or norm.running_mean is None
+    return batch and x.target is blocked.conv and not x.kwargs and len(x.users) == 1
 
 
 def _fuse(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:

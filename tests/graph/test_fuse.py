@@ -81,6 +81,38 @@ def test_every_kind_of_norm(affine, track):
     assert fused(model) == [(False, True)]
 
 
+class Biased(nn.Module):
+    """A convolution with a bias in front of a BatchNorm, which is read once more if `twice`."""
+
+    def __init__(self, twice: bool, track: bool = True):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=track)
+        self.twice = twice
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + y if self.twice else self.norm(y)
+
+
+@pytest.mark.parametrize(
+    ("twice", "training", "track", "zero"),
+    [(False, True, True, True), (False, False, False, True), (False, False, True, False), (True, True, True, False)],
+)
+def test_a_bias_that_a_batch_mean_takes_off_has_gradient_zero(twice, training, track, zero):
+    model, twin = pair(Net(Biased(twice, track)), X)
+    for net in (model, twin):
+        net.train(training)
+    weights = torch.randn_like(model(X))
+    (model(X) * weights).sum().backward()
+    (twin(X.double()) * weights).sum().backward()
+    got, expected = model.body.conv.bias.grad, twin.body.conv.bias.grad
+    if zero:
+        assert expected.abs().max() < 1e-12
+        assert torch.equal(got, torch.zeros(8))
+    else:
+        assert relative(got, expected) < 1e-4
+
+
 def prepared(model) -> list[str]:
     """Layers whose output is never written."""
     return [str(n.args[0].target) for n in model.graph.nodes if n.target is blocked.prepare]
