@@ -64,14 +64,14 @@ class Chooser:
 
     Attributes:
         compiled: What a compiled graph runs: the latest choice; None for the graph itself.
-        problem: Why another graph is not run although it could be; empty otherwise.
+        wrong: Names of rewritten graphs that gave other results than the graph itself, and are not run.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, choose: Choose) -> None:
         self.model, self.plain, self.choose = model, function(graph), choose
         self.old = graph
         self.compiled: Variant | None = None
-        self.problem = ""
+        self.wrong: set[str] = set()
         self._built: dict[tuple, dict[str, Variant]] = {}
         self._choices: dict[tuple, Variant | None] = {}
         self._generation = 0
@@ -105,7 +105,7 @@ class Chooser:
         return self.old if variant is None or not variant.holds() else variant.graph
 
     def _choice(self, key: tuple, inputs: tuple[Tensor, ...]) -> Variant | None:
-        if not all(_ordinary(x) for x in inputs) or self.problem or len(self._choices) >= _MOST_MEASURED:
+        if not all(_ordinary(x) for x in inputs) or len(self._choices) >= _MOST_MEASURED:
             return None
         before, generators = State(self.model), RandomState()
 
@@ -116,24 +116,28 @@ class Chooser:
                 before.restore()
                 generators.restore()
 
-        variants = {name: v for name, v in self._variants(inputs, restored).items() if v.holds()}
+        built = self._variants(inputs, restored)
+        variants = {name: v for name, v in built.items() if v.holds() and name not in self.wrong}
         if not variants:
             return None
         functions = {LAYERS: self.plain} | {name: variant.function for name, variant in variants.items()}
         outputs = {n: restored(partial(detached, call, self.model, inputs)) for n, call in functions.items()}
-        error = max(distance(outputs[LAYERS], outputs[name]) for name in variants)
-        if error > _TOLERANCE:
+        errors = {name: distance(outputs[LAYERS], outputs[name]) for name in variants}
+        allowed = _TOLERANCE
+        if any(error > allowed for error in errors.values()):
             nudged = tuple(x * (1 + _NUDGE * torch.sign(torch.sin(1e4 * x))) for x in inputs)
             other = restored(partial(detached, self.plain, self.model, nudged))
-            error /= max(1.0, _NUDGED * distance(outputs[LAYERS], other) / _TOLERANCE)
-        if not error <= _TOLERANCE:
-            self.problem = "has a rewritten graph whose results differ from those of its own"
+            allowed = max(allowed, _NUDGED * distance(outputs[LAYERS], other))
+        for name in [name for name, error in errors.items() if not error <= allowed]:
+            self.wrong.add(name)
+            del variants[name], functions[name]
             warnings.warn(
-                f"{type(self.model).__name__}: expected graphs of blocked or dense layers to give the graph's results, "
-                "got others; it runs without them. Please report the model",
+                f"{type(self.model).__name__}: expected the graph {name!r} to give the results of the layers one by "
+                f"one, got outputs {errors[name]:.2g} away from them; it is not run. Please report the model",
                 TraceWarning,
                 stacklevel=2,
             )
+        if not variants:
             return None
         steps = {name: partial(step, call, self.model, inputs) for name, call in functions.items()}
         chosen = restored(partial(self.choose, ("graphs", self.model.training, *key), steps))[0]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsefx
+from sparsefx.errors import TraceWarning
 from sparsefx.graph.dense import run_dense
 from sparsefx.specialize import Specializer
 
@@ -118,3 +119,21 @@ def test_a_model_whose_layers_are_slow_runs_dense(monkeypatch):
         model(x)
         best = min(best, time.perf_counter() - start)
     assert best < 0.004, "two layers of 2 ms each were not left out"
+
+
+def test_a_wrong_graph_is_dropped_alone(monkeypatch):
+    offered: list[list[str]] = []
+
+    def choose(self: Specializer, key: tuple, calls: dict) -> str:
+        offered.append(sorted(calls))
+        return "regions"
+
+    monkeypatch.setattr(Specializer, "choose_graph", choose)
+    monkeypatch.setattr("sparsefx.graph.dense.run_dense", lambda layer, x: run_dense(layer, x) * 2)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5))
+    model = sparsefx.sparsify(net, 0.3)
+    with pytest.warns(TraceWarning, match="'dense'"):
+        model(torch.randn(4, 3, 6, 6))
+    model(torch.randn(5, 3, 6, 6))
+    assert offered == [["layers", "regions"]] * 2
+    assert "2 convolutions run in regions" in str(sparsefx.summary(model))

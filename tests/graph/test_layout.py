@@ -226,7 +226,7 @@ def test_summary_tells_of_regions():
 
 def test_regions_with_other_results_are_not_run(monkeypatch):
     monkeypatch.setattr(blocked, "mean", lambda x: x.mean((2, 3), keepdim=True) * 1.5)
-    with pytest.warns(TraceWarning, match="graphs of blocked or dense layers"):
+    with pytest.warns(TraceWarning, match="the graph 'regions'"):
         model, twin = pair(NETS["wrn"]().eval(), image())
     assert conversions(model) == (0, 0)
     x = image()
