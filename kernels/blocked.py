@@ -123,7 +123,7 @@ def batch_norm_unwritten(
     images: int,
     relu: bool,
 ) -> tuple[Tensor, Prologue, Tensor, Tensor]:
-    """`batch_norm` whose output nobody writes: convolutions compute it as they read.
+    """`batch_norm` whose output nobody writes: convolutions and max poolings compute it as they read.
 
     Returns:
         A tensor that stands for the output in the graph of gradients and holds `x`; what its readers do to it; and the
@@ -138,14 +138,13 @@ def batch_norm_unwritten(
     return stands, Prologue(used_mean, scale, shift, relu), used_mean, used_var
 
 
-def prepared(spec: ConvSpec | None, x: Tensor, prologue: Prologue) -> Tensor:
-    """What a convolution with a prologue reads of `x`, for a backend that does not do it itself."""
-    assert spec is not None
-    return _Prepared.apply(x, prologue, spec.images)
+def prepared(x: Tensor, prologue: Prologue, images: int) -> Tensor:
+    """What a prologue makes of `x`, for a reader that does not do it itself."""
+    return _Prepared.apply(x, prologue, images)
 
 
 class _Prepared(torch.autograd.Function):
-    """The input of a convolution with a prologue stands for the result, so that the gradient passes as it is."""
+    """An input with a prologue stands for the result, so that the gradient passes as it is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, prologue: Prologue, images: int) -> Tensor:
@@ -299,25 +298,30 @@ def _(grad, x, y, weight, bias, mean, rstd, training, images, relu, residual):
     return (x.new_empty(x.shape), *channels, x.new_empty(x.shape if residual else 0))
 
 
-def max_pool(x: Tensor, pool: Pool) -> Tensor:
-    """Maxima over windows, `[B, C, H, W, 16]` to `[B, C, H', W', 16]`."""
-    return _MaxPool.apply(x, pool)
+def max_pool(x: Tensor, pool: Pool, images: int | None = None, prologue: Prologue | None = None) -> Tensor:
+    """Maxima over windows, `[B, C, H, W, 16]` to `[B, C, H', W', 16]`.
+
+    Args:
+        images: How many images `x` holds; only a prologue needs it.
+        prologue: What is done to `x` first; the gradient of `x` is that of its result. Not in a compiled graph.
+    """
+    return _MaxPool.apply(x, pool, images, prologue)
 
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pool: Pool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, pool: Pool, images: int | None, prologue: Prologue | None) -> Tensor:
         if torch.compiler.is_compiling():
             y, taps = torch.ops.sparsefx.blocked_max_pool(x, *pool)
         else:
-            y, taps = max_pool_forward(x.contiguous(), pool)
+            y, taps = max_pool_forward(x.contiguous(), pool, images=images, prologue=prologue)
         ctx.save_for_backward(taps)
         ctx.pool = pool
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _MaxPoolBackward.apply(grad, ctx.saved_tensors[0], ctx.pool), None
+        return _MaxPoolBackward.apply(grad, ctx.saved_tensors[0], ctx.pool), None, None, None
 
 
 class _MaxPoolBackward(torch.autograd.Function):

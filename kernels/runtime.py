@@ -43,6 +43,11 @@ def _takes_prologue(backend: Any) -> bool:
     return getattr(backend, "takes_prologue", False)
 
 
+def _images(spec: ConvSpec | None) -> int:
+    assert spec is not None  # only convolutions have a prologue
+    return spec.images
+
+
 class _Staged(NamedTuple):
     """Dense gradients of one backward pass, summed; `once` if the weight was used once."""
 
@@ -115,7 +120,7 @@ class Runtime:
             return backend.fprop(spec, x, weight, bias)
         if _takes_prologue(backend):
             return backend.fprop(spec, x, weight, bias, prologue)
-        return backend.fprop(spec, prepared(spec, x, prologue), weight, bias)
+        return backend.fprop(spec, prepared(x, prologue, _images(spec)), weight, bias)
 
     def backward(
         self,
@@ -132,7 +137,7 @@ class Runtime:
         for_bias = bias_grad(grad, spec, centred) if wanted[2] else None
         masked_dense = dense_for(spec)
         if torch.is_grad_enabled():  # for a double backward: differentiable, and masked when it reaches the weight
-            x = x if prologue is None else prepared(spec, x, prologue)
+            x = x if prologue is None else prepared(x, prologue, _images(spec))
             for_input = masked_dense.dgrad(spec, grad, x, weight) if wanted[0] else None
             for_weight = masked_dense.dense_wgrad(spec, grad, x, weight) if wanted[1] else None
             return for_input, for_weight, for_bias
@@ -144,7 +149,7 @@ class Runtime:
         arguments = ()
         if prologue is not None and wgrad is not None:
             arguments = (prologue,) if _takes_prologue(wgrad) else ()
-            x = x if arguments else prepared(spec, x, prologue)
+            x = x if arguments else prepared(x, prologue, _images(spec))
         if wgrad is masked_dense:
             if dgrad is masked_dense and spec is not None:
                 for_input, dense = masked_dense.both(spec, grad, x, weight)

@@ -5,7 +5,7 @@ where it needs it; lanes beyond them are zero and stay so.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,16 @@ enter = kernels.enter
 leave = kernels.leave
 
 
-Prepared = tuple[Tensor, Prologue | None]
-"""Activations, and what a convolution does to them as it reads; the gradient is that of the result."""
+class Prepared(NamedTuple):
+    """Activations of so many images, and what is done to them as they are read; the gradient is that of the result."""
+
+    x: Tensor
+    prologue: Prologue | None
+    images: int
+
+    def written(self) -> Tensor:
+        """The result."""
+        return self.x if self.prologue is None else kernels.prepared(self.x, self.prologue, self.images)
 
 
 def conv(
@@ -40,12 +48,13 @@ def conv(
         centred: Whether only a BatchNorm of batch statistics reads the output. The gradient that it passes on sums to
             zero in each channel, and the bias's need not be summed.
     """
-    given, prologue = x if isinstance(x, tuple) else (x, None)
-    x, weight, bias = layer._operands(given)
+    given = x if isinstance(x, Prepared) else Prepared(x, None, images)
+    x, weight, bias = layer._operands(given.x)
     _, padding = layer._pad(x)
     spec = ConvSpec(list(layer.stride), padding, list(layer.dilation), False, [0, 0], layer.groups, images)
-    if prologue is not None and x.dtype != given.dtype:  # autocast rounds what is read, not what that is made of
-        x, prologue = kernels.prepared(spec, given, prologue).to(x.dtype), None
+    prologue = given.prologue
+    if prologue is not None and x.dtype != given.x.dtype:  # autocast rounds what is read, not what that is made of
+        x, prologue = given.written().to(x.dtype), None
     out = ops.conv(x, weight, bias, layer.weight_mask, layer.handle, spec, prologue, centred)
     if residual is not None:
         out = out.add_(residual)
@@ -68,15 +77,18 @@ def batch_norm(
 
 
 def prepare(layer: nn.BatchNorm2d, x: Tensor, images: int, relu: bool = False) -> Prepared:
-    """`batch_norm` for convolutions alone, which then normalize what they read; a compiled graph writes the result."""
+    """`batch_norm` for convolutions and max poolings alone, which then normalize what they read.
+
+    A compiled graph, and one on CUDA, writes the result.
+    """
     if x.dim() == 4 or torch.compiler.is_compiling():
-        return batch_norm(layer, x, images, relu=relu), None
+        return Prepared(batch_norm(layer, x, images, relu=relu), None, images)
     factor = _factor(layer)
     stands, prologue, mean, var = kernels.batch_norm_unwritten(
         x, *_of(layer), **_options(layer), images=images, relu=relu
     )
     _track(layer, mean, var, factor, images * x.shape[2] * x.shape[3])
-    return stands, prologue
+    return Prepared(stands, prologue, images)
 
 
 def _of(layer: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
@@ -106,20 +118,26 @@ def _track(layer: nn.BatchNorm2d, mean: Tensor, var: Tensor, factor: float, coun
 
 
 def max_pool2d(
-    x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+    x: Tensor | Prepared,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.max_pool2d`."""
+    given = x if isinstance(x, Prepared) else Prepared(x, None, 0)
+    x, kernel, padded = given.x, _pair(kernel_size), _pair(padding)
     if x.dim() == 4:
         return pool(F.max_pool2d, x, kernel_size, stride, padding, dilation, ceil_mode)
-    kernel, padded = _pair(kernel_size), _pair(padding)
     geometry = kernels.Pool((x.shape[2], x.shape[3]), kernel, _pair(stride) if stride else kernel, padded)
     fits = all(0 <= 2 * p <= k for k, p in zip(kernel, padded, strict=True)) and kernel[0] * kernel[1] <= 256
     if ceil_mode or _pair(dilation) != (1, 1) or not fits or min(geometry.out) < 1:
-        return pool(F.max_pool2d, x, kernel_size, stride, padding, dilation, ceil_mode)
-    return kernels.max_pool(x, geometry)
+        return pool(F.max_pool2d, given.written(), kernel_size, stride, padding, dilation, ceil_mode)
+    return kernels.max_pool(x, geometry, given.images or None, given.prologue)
 
 
-def max_pool(layer: nn.MaxPool2d, x: Tensor) -> Tensor:
+def max_pool(layer: nn.MaxPool2d, x: Tensor | Prepared) -> Tensor:
     """The layer on blocked activations."""
     return max_pool2d(x, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
 

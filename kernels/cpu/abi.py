@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from sparsefx.kernels.spec import Prologue
+
 from . import buffers
 from .build import default_isa, library
 
@@ -33,7 +35,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_masked_copy": (None, [_P, _P, _P, _I64, _INT]),
     "sfx_masked_fold": (None, [_P, _P, _P, _P, _I64, ctypes.c_float, ctypes.c_float, _INT]),
     "sfx_products": (None, [_P, _P, _I64, _P, _INT]),
-    "sfx_max_pool": (None, [_INT, _INT, _P, _P, _P, _P, _I64, _INT]),
+    "sfx_max_pool": (None, [_INT, _INT, _P, _P, _I64, _I64, _P, _P, _P, _INT]),
     "sfx_advise": (None, [_P, _I64]),
     "sfx_peak": (ctypes.c_double, [_INT]),
 }
@@ -77,6 +79,21 @@ def empty(lib: ctypes.CDLL, shape: Sequence[int], dtype: torch.dtype) -> torch.T
     memory = buffers.take(count * dtype.itemsize, lib.sfx_advise)
     # A view could not be written in place where an autograd function returns it.
     return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, tuple(shape))  # pyright: ignore[reportCallIssue]
+
+
+class _Prologue(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("mean", "scale", "shift")), ("relu", ctypes.c_int32))
+
+
+def prologue_argument(prologue: Prologue | None, channels: int) -> object:
+    """A prologue of an input of so many channels as the library takes it."""
+    if prologue is None:
+        return None
+    for name, tensor in zip(("mean", "scale", "shift"), prologue[:3], strict=True):
+        require(name, tensor, dtype=torch.float32, dims=1)
+        if tensor.numel() != channels:
+            raise ValueError(f"{name}: expected {channels} values, got {tensor.numel()}; pass one a channel of x")
+    return ctypes.byref(_Prologue(*(pointer(tensor) for tensor in prologue[:3]), prologue.relu))
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

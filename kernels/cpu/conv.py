@@ -1,17 +1,11 @@
 """Sparse 2-D convolution on blocked activations `[ceil(N / 16), C, H, W, 16]`."""
 
-import ctypes
-
 import torch
 
 from sparsefx.kernels.spec import Prologue
 
-from .abi import BLOCK, DTYPES, check, empty, pointer, require
+from .abi import BLOCK, DTYPES, check, empty, pointer, prologue_argument, require
 from .plan import PASSES, LayerPlan
-
-
-class _Prologue(ctypes.Structure):
-    _fields_ = (*((name, ctypes.c_void_p) for name in ("mean", "scale", "shift")), ("relu", ctypes.c_int32))
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -146,14 +140,7 @@ class ConvPlan(LayerPlan):
         return t.shape[2], t.shape[3]
 
     def _prologue(self, prologue: Prologue | None) -> object:
-        if prologue is None:
-            return None
-        channels = self.mask_shape[1] * self.groups
-        for name, tensor in zip(("mean", "scale", "shift"), prologue[:3], strict=True):
-            require(name, tensor, dtype=torch.float32, dims=1)
-            if tensor.numel() != channels:
-                raise ValueError(f"{name}: expected {channels} values, got {tensor.numel()}; pass one a channel of x")
-        return ctypes.byref(_Prologue(*(pointer(tensor) for tensor in prologue[:3]), prologue.relu))
+        return prologue_argument(prologue, self.mask_shape[1] * self.groups)
 
     def _gather(
         self,

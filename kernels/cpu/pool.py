@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from .abi import DTYPES, empty, load, pointer, require
+from sparsefx.kernels.spec import Prologue
+
+from .abi import BLOCK, DTYPES, empty, load, pointer, prologue_argument, require
 
 
 class Pool(NamedTuple):
@@ -27,14 +29,23 @@ class Pool(NamedTuple):
         return (ctypes.c_int64 * 10)(*sizes)
 
 
-def max_pool_forward(x: torch.Tensor, pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the maxima `[B, C, H', W', 16]`, and the tap of its window that each came from, uint8 of that shape."""
+def max_pool_forward(
+    x: torch.Tensor, pool: Pool, *, images: int | None = None, prologue: Prologue | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pool.
+
+    Args:
+        images: How many images `x` holds; all of its lanes if None.
+        prologue: What is done to `x` first.
+    Returns:
+        The maxima `[B, C, H', W', 16]`, and the tap of its window that each came from, uint8 of that shape.
+    """
     require("x", x, dims=5)
     lib, shape = load(), (*x.shape[:2], *pool.out, x.shape[4])
     y, taps = empty(lib, shape, x.dtype), torch.empty(shape, dtype=torch.uint8)
     lib.sfx_max_pool(
-        0, DTYPES[x.dtype], pool._argument(), pointer(x), pointer(y), pointer(taps), x.shape[0] * x.shape[1],
-        torch.get_num_threads(),
+        0, DTYPES[x.dtype], pool._argument(), prologue_argument(prologue, x.shape[1]), images or x.shape[0] * BLOCK,
+        x.shape[1], pointer(x), pointer(y), pointer(taps), torch.get_num_threads(),
     )  # fmt: skip
     return y, taps
 
@@ -45,7 +56,7 @@ def max_pool_backward(grad: torch.Tensor, taps: torch.Tensor, pool: Pool) -> tor
     lib = load()
     dx = empty(lib, (*grad.shape[:2], *pool.size, grad.shape[4]), grad.dtype)
     lib.sfx_max_pool(
-        1, DTYPES[grad.dtype], pool._argument(), pointer(grad), pointer(dx), pointer(taps),
-        grad.shape[0] * grad.shape[1], torch.get_num_threads(),
+        1, DTYPES[grad.dtype], pool._argument(), None, grad.shape[0] * BLOCK, grad.shape[1], pointer(grad), pointer(dx),
+        pointer(taps), torch.get_num_threads(),
     )  # fmt: skip
     return dx

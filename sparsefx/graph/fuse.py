@@ -1,6 +1,7 @@
 """The fuse pass: in a region, BatchNorm or convolution with the residual and the ReLU behind it.
 
-A BatchNorm, with its ReLU, that only convolutions read is computed by them as they read, and never written.
+A BatchNorm, with its ReLU, that only convolutions and max poolings read is computed by them as they read, and never
+written.
 """
 
 import operator
@@ -24,22 +25,26 @@ def fuse(model: nn.Module, graph: fx.Graph) -> None:
             _fuse(model, graph, node)
     for node in graph.nodes:
         if node.target is blocked.batch_norm:
-            if _for_convolutions_alone(model, node):
+            if _prepares(model, node):
                 node.target = blocked.prepare
             if _centres(model, node):
                 node.args[1].kwargs = {"centred": True}
     graph.lint()
 
 
-def _for_convolutions_alone(model: nn.Module, node: fx.Node) -> bool:
-    """Whether every reader is a convolution of it, and nothing writes over what the BatchNorm reads."""
+def _prepares(model: nn.Module, node: fx.Node) -> bool:
+    """Whether every reader normalizes what it reads, and nothing writes over what the BatchNorm reads."""
     x: Any = node.args[1]
     if node.kwargs.get("residual") is not None or any(writes(model, user) for user in x.users):
         return False
-    return all(
-        user.target is blocked.conv and user.args[1] is node and user.kwargs.get("residual") is not node
-        for user in node.users
-    )
+    return all(_normalizes(user, node) for user in node.users)
+
+
+def _normalizes(reader: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is a convolution or max pooling of another."""
+    if reader.target is blocked.conv:
+        return reader.args[1] is node and reader.kwargs.get("residual") is not node
+    return reader.target in (blocked.max_pool, blocked.max_pool2d)
 
 
 def _centres(model: nn.Module, node: fx.Node) -> bool:

@@ -1,5 +1,7 @@
 """The fuse pass: which operators disappear into BatchNorm and convolution, and which may not."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,40 @@ def test_a_value_read_twice_is_not_fused_away():
     model, twin = pair(Net(Branches()), X)
     assert relative(model(X), twin(X.double())) < 1e-5
     assert fused(model) == [(False, False)]
+
+
+class Pooled(nn.Module):
+    """A norm that a max pooling reads, and a convolution if `both`."""
+
+    def __init__(self, both: bool = False, **options):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.pool, self.after = nn.MaxPool2d(3, 2, **options), nn.Conv2d(8, 8, 3, stride=2) if both else None
+
+    def forward(self, x):
+        y = torch.relu(self.norm(self.conv(x)))
+        return self.pool(y) if self.after is None else self.pool(y) + self.after(y)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("images", [5, 16])
+@pytest.mark.parametrize("net", [Pooled(), Pooled(both=True), Pooled(padding=1), Pooled(ceil_mode=True)])
+def test_max_poolings_normalize_what_they_read(net, images, training):
+    x = torch.randn(images, 3, 8, 8) + 2
+    model, twin = pair(Net(copy.deepcopy(net)), x)
+    for one in (model, twin):
+        one.train(training)
+        torch.nn.init.uniform_(one.body.norm.bias)
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if not k.endswith("weight_mask")})
+    out, expected = model(x), twin(x.double())
+    assert prepared(model) == ["body.norm"]
+    assert relative(out, expected) < 1e-5
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    masks = sparsefx.masks(model)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if q.grad.abs().max() > 1e-9:  # a bias before a norm has none
+            assert relative(p.grad, q.grad * masks.get(name, 1)) < 1e-4, name
 
 
 def test_a_norm_added_to_itself_stays():

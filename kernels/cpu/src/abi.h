@@ -22,7 +22,7 @@ int sfx_layer_tiling(void* layer, int kind, int64_t h, int64_t w, int64_t images
 int sfx_layer_collect(void* layer, int dtype, const void* weight, float* values, int threads);
 int sfx_layer_scatter(void* layer, int dtype, const float* values, void* dense, int threads);
 
-// What a convolution does to each element of its input as it reads it, [channels] each: (x - mean) * scale + shift, then
+// What a convolution or pooling does to each element of its input as it reads it, [channels] each: (x - mean) * scale + shift, then
 // a ReLU where `relu`. Lanes without an image stay zero.
 struct SfxPrologue {
   const float *mean, *scale, *shift;
@@ -81,12 +81,13 @@ struct SfxColumns {
 };
 void sfx_columns(const SfxColumns* arguments, const float* x, float* out, int threads);
 
-// Max pooling of planes of blocked activations, and its gradient; `taps` has a byte for each output.
+// Max pooling of blocked activations, and its gradient; `taps` has a byte for each output. prologue: of the forward's
+// input, may be null.
 struct SfxPool {
   int64_t in[2], out[2], kernel[2], stride[2], pad[2];
 };
-void sfx_max_pool(int backward, int dtype, const SfxPool* pool, const void* from, void* to, uint8_t* taps,
-                  int64_t planes, int threads);
+void sfx_max_pool(int backward, int dtype, const SfxPool* pool, const SfxPrologue* prologue, int64_t images,
+                  int64_t channels, const void* from, void* to, uint8_t* taps, int threads);
 
 // Asks for huge pages for memory that is about to be written for the first time.
 void sfx_advise(void* data, int64_t bytes);

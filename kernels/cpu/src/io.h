@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "abi.h"
 #include "plan.h"
 #include "simd.h"
 #include "transpose.h"
@@ -26,6 +27,9 @@ struct Prologue {
   const float *mean = nullptr, *scale = nullptr, *shift = nullptr;
   bool relu = false;
 };
+inline Prologue prologue_of(const SfxPrologue* p) {
+  return p ? Prologue{p->mean, p->scale, p->shift, p->relu != 0} : Prologue{};
+}
 template <bool ACTS>
 struct Prepared {  // a prologue at one channel
   vf mean, scale, shift;

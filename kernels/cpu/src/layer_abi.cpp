@@ -46,9 +46,6 @@ void scatter(const Pattern& p, const float* values, T* dense, int threads) {
   }
 }
 
-Prologue prologue_of(const SfxPrologue* p) {
-  return p ? Prologue{p->mean, p->scale, p->shift, p->relu != 0} : Prologue{};
-}
 
 template <class T>
 void conv_gather(Layer& layer, PassKind kind, const void* in, int64_t images, int64_t h, int64_t w,

@@ -4,8 +4,8 @@
 #include <limits>
 
 #include "abi.h"
+#include "io.h"
 #include "runtime.h"
-#include "simd.h"
 
 namespace sfx {
 namespace {
@@ -30,8 +30,8 @@ SFX_INLINE void each_tap(const SfxPool& p, const Window& w, Visit visit) {
       visit(((w.y0 + ky) * p.in[1] + w.x0 + kx) * BLOCK, int32_t(ky * p.kernel[1] + kx));
 }
 
-template <class T>
-void forward(const SfxPool& p, const T* x, T* y, Tap* taps) {
+template <class T, bool ACTS>
+void forward(const SfxPool& p, const Prepared<ACTS>& prepared, const LaneMask& mask, const T* x, T* y, Tap* taps) {
   for (int64_t oy = 0; oy < p.out[0]; ++oy)
     for (int64_t ox = 0; ox < p.out[1]; ++ox) {
       const Window w = window(p, oy, ox);
@@ -40,12 +40,12 @@ void forward(const SfxPool& p, const T* x, T* y, Tap* taps) {
         vf most = splat(-std::numeric_limits<float>::infinity());
         vi from = vi{} + int32_t(w.ky0 * p.kernel[1] + w.kx0);
         each_tap(p, w, [&](int64_t k, int32_t tap) __attribute__((always_inline)) {
-          const vf value = load_as_float(x + k + v * LANES);
+          const vf value = prepared(load_as_float(x + k + v * LANES));
           const vi take = (value > most) | (value != value);  // NaN wins, as in torch
           most = take ? value : most;
           from = take ? vi{} + tap : from;
         });
-        store_from_float(y + at + v * LANES, most);
+        store_from_float(y + at + v * LANES, ACTS ? mask.apply(most, v) : most);
         const taps_of bytes = __builtin_convertvector(from, taps_of);
         std::memcpy(taps + at + v * LANES, &bytes, LANES);
       }
@@ -75,23 +75,43 @@ void backward(const SfxPool& p, const T* g, T* dx, const Tap* taps) {
     }
 }
 
+struct Planes {  // [blocks, channels, ...]
+  int64_t images, channels;
+  int64_t blocks() const { return (images + BLOCK - 1) / BLOCK; }
+  int64_t count() const { return blocks() * channels; }
+};
+
+template <class T, bool ACTS>
+void pool_planes(const SfxPool& p, const Prologue& prologue, Planes planes, const T* x, T* y, Tap* taps, int threads) {
+  const int64_t in = p.in[0] * p.in[1] * BLOCK, out = p.out[0] * p.out[1] * BLOCK;
+  const LaneMask tail(planes.images % BLOCK ? planes.images % BLOCK : BLOCK), all(BLOCK);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t k = 0; k < planes.count(); ++k) {
+    const LaneMask& mask = k / planes.channels + 1 == planes.blocks() ? tail : all;
+    forward(p, Prepared<ACTS>(prologue, k % planes.channels), mask, x + k * in, y + k * out, taps + k * out);
+  }
+}
+
 template <class T>
-void run(int direction, const SfxPool& p, const void* from, void* to, Tap* taps, int64_t planes, int threads) {
+void run(int direction, const SfxPool& p, const Prologue& prologue, Planes planes, const void* from, void* to,
+         Tap* taps, int threads) {
+  T* target = static_cast<T*>(to);
+  const T* source = static_cast<const T*>(from);
+  if (!direction) {
+    const auto pool = prologue.mean ? pool_planes<T, true> : pool_planes<T, false>;
+    return pool(p, prologue, planes, source, target, taps, threads);
+  }
   const int64_t in = p.in[0] * p.in[1] * BLOCK, out = p.out[0] * p.out[1] * BLOCK;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t k = 0; k < planes; ++k) {
-    if (direction)
-      backward(p, static_cast<const T*>(from) + k * out, static_cast<T*>(to) + k * in, taps + k * out);
-    else
-      forward(p, static_cast<const T*>(from) + k * in, static_cast<T*>(to) + k * out, taps + k * out);
-  }
+  for (int64_t k = 0; k < planes.count(); ++k) backward(p, source + k * out, target + k * in, taps + k * out);
 }
 
 }  // namespace
 }  // namespace sfx
 
-extern "C" void sfx_max_pool(int direction, int dtype, const SfxPool* pool, const void* from, void* to, uint8_t* taps,
-                             int64_t planes, int threads) {
+extern "C" void sfx_max_pool(int direction, int dtype, const SfxPool* pool, const SfxPrologue* prologue, int64_t images,
+                             int64_t channels, const void* from, void* to, uint8_t* taps, int threads) {
   using namespace sfx;
-  (dtype ? run<bf16> : run<float>)(direction, *pool, from, to, taps, planes, team(threads));
+  (dtype ? run<bf16> : run<float>)(direction, *pool, prologue_of(prologue), {images, channels}, from, to, taps,
+                                   team(threads));
 }

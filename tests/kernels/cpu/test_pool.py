@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsefx.kernels.cpu import Pool, max_pool_backward, max_pool_forward
+from sparsefx.kernels.cpu.norm import apply_prologue
+from sparsefx.kernels.spec import Prologue
 from tests.kernels.cpu.helpers import blocked, images_of
 
 SHAPES = [
@@ -42,3 +44,15 @@ def test_nan_wins_and_takes_the_gradient():
     torch.testing.assert_close(images_of(y), want, equal_nan=True)
     dx = images_of(max_pool_backward(torch.ones_like(y), taps, pool))
     assert dx[3, 0, :2, :2].tolist() == [[0, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(("shape", "kernel", "stride", "padding"), SHAPES)
+def test_a_prologue_is_done_to_what_is_read(shape, kernel, stride, padding, relu):
+    x, channels = blocked(torch.randn(shape)), shape[1]
+    prologue = Prologue(torch.randn(channels), torch.randn(channels), torch.randn(channels), relu)
+    pool = Pool((shape[2], shape[3]), kernel, stride, padding)
+    y, taps = max_pool_forward(x, pool, images=shape[0], prologue=prologue)
+    written, written_taps = max_pool_forward(apply_prologue(x, prologue, shape[0]), pool)
+    assert torch.equal(y, written)
+    assert torch.equal(images_of(taps)[: shape[0]], images_of(written_taps)[: shape[0]])
