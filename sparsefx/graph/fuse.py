@@ -5,7 +5,7 @@ written.
 """
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,8 @@ def _normalizes(reader: fx.Node, node: fx.Node) -> bool:
 
 def _centres(model: nn.Module, node: fx.Node) -> bool:
     """Whether a BatchNorm takes a mean of the batch off a convolution that nothing else reads."""
-    x: Any = node.args[1]
-    norm: Any = model.get_submodule(str(node.args[0].target))
+    layer, x = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+    norm: Any = model.get_submodule(str(layer.target))
     batch = norm.training or norm.running_mean is None
     return batch and x.target is blocked.conv and not x.kwargs and len(x.users) == 1
 
