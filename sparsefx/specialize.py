@@ -30,7 +30,9 @@ PASSES: tuple[str, ...] = ("fprop", "dgrad", "wgrad")
 _MARGIN = 0.97
 """Another backend must take at most this share of the dense time, so that noise does not decide."""
 _SPARSE_ENOUGH = 0.5
-"""Sparse kernels are a candidate up to this density; above it dense ones always win."""
+"""Sparse kernels are a candidate up to this density; above it dense ones win unless a layer is thin."""
+_THIN = 16
+"""Of a layer with fewer input or output channels dense kernels, which block them by so many, do mostly nothing."""
 _REPEATS = 5
 _HOPELESS = 1.5
 """A candidate that takes this much longer than another is not run again."""
@@ -231,7 +233,7 @@ class Specializer:
         if plan.compacts:
             names.append("compaction")
         kernels = sparse_kernels(x.device)
-        few = plan.nnz <= _SPARSE_ENOUGH * plan.mask.numel()
+        few = plan.nnz <= _SPARSE_ENOUGH * plan.mask.numel() or min(plan.mask.shape[:2]) < _THIN
         if few and kernels is not None and kernels.supports(spec, x, plan.mask) and self._builds(plan, spec):
             names.append("sparse")
         return names

@@ -175,3 +175,18 @@ def test_a_new_mask_is_measured_only_where_old_times_leave_doubt(monkeypatch, ti
         fastest = "sparse" if times[1] < times[0] else "dense"
         assert layer.scheduler.specializer.backends(layer)["fprop"] == fastest
     assert bool(measured) is again
+
+
+def test_sparse_kernels_are_tried_for_nearly_full_layers_only_where_these_are_thin(monkeypatch):
+    tried = {}
+
+    def measure(self, names, plan, kind, *rest):
+        tried[tuple(plan.mask.shape[:2]), kind] = names
+        return dict.fromkeys(names, 1.0)
+
+    monkeypatch.setattr(specialize.Specializer, "_measure", measure)
+    net = nn.Sequential(nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5), nn.Conv2d(50, 12, 1))
+    model = sparsefx.sparsify(net, 0.9, distribution="uniform")
+    model(torch.randn(4, 1, 12, 12)).square().sum().backward()
+    thin = {shape for (shape, _), names in tried.items() if "sparse" in names}
+    assert thin == {(20, 1), (12, 50)}
