@@ -9,6 +9,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsefx.graph.trace import Interpreter
+
 _ROUNDS = 20
 _SECONDS = 2.0
 """Time measurements stop after this many rounds or seconds, whichever is first, but not before three rounds."""
@@ -19,7 +21,7 @@ def measured_shapes(model: fx.GraphModule, inputs: tuple) -> dict[fx.Node, torch
     """Run a graph and return the shape of every tensor in it by node."""
     shapes: dict[fx.Node, torch.Size] = {}
 
-    class Recorder(fx.Interpreter):
+    class Recorder(Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             if isinstance(result, Tensor):

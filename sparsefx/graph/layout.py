@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from sparsefx import blocked
-from sparsefx.graph.trace import Container, why_called
+from sparsefx.graph.trace import Container, Interpreter, why_called
 from sparsefx.kernels.spec import is_channels_last
 from sparsefx.layers import SparseConv2d
 
@@ -58,7 +58,7 @@ class Regions:
     absorbed: tuple[Container, ...]
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(Interpreter):
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
         self.values: dict[fx.Node, Value] = {}

@@ -35,6 +35,22 @@ class Rejection(Exception):
     """A trace would not mean the same."""
 
 
+class Interpreter(fx.Interpreter):
+    """Runs a graph as its code would: with lists that functions may write into, as Video Swin's do."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _mutable(args), _mutable(kwargs)
+
+
+def _mutable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_mutable(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _mutable(v) for k, v in value.items()}
+    return tuple(_mutable(v) for v in value) if type(value) is tuple else value
+
+
 @dataclass(frozen=True)
 class Container:
     """A module whose forward was inlined, as it must still be for the graph to hold."""

@@ -32,6 +32,29 @@ def image(n: int = 5, size: int = 12) -> torch.Tensor:
     return torch.randn(n, 3, size, size)
 
 
+@torch.fx.wrap
+def halved(sizes: list[int], x: torch.Tensor) -> torch.Tensor:
+    """Writes into its argument, as the window sizes of torchvision's Video Swin do."""
+    sizes[0] //= 2
+    return x[:, : sizes[0]]
+
+
+def test_a_function_may_write_into_a_list_of_the_graph():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.after = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return self.after(halved([16], self.conv(x)))
+
+    model, twin = pair(Writes(), image())
+    for x in (image(), image()):
+        assert relative(model(x), twin(x.double())) < 1e-5
+    assert conversions(model) == (2, 2)
+    assert sparsefx.compact(model.eval(), x)(x).shape == (5, 4, 8, 8)
+
+
 @pytest.mark.parametrize("kind", NETS)
 @pytest.mark.parametrize("images", [5, 33])
 @pytest.mark.parametrize("training", [True, False])
