@@ -43,6 +43,7 @@ gpu: .venv/.dev
 mnist: .venv/.examples
 	@for density in 1 0.2 0.05; do $(PYTHON) examples/mnist.py --model lenet300 --density $$density; done
 	@for density in 1 0.05; do $(PYTHON) examples/mnist.py --model lenet5 --density $$density; done
+	@$(PYTHON) examples/mnist.py --model lenet5 --density 0.05 --clip 1
 
 $(PYTHON):
 	@for python in python3 python3.14 python3.13 python3.12 python3.11; do \
