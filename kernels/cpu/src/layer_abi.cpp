@@ -46,7 +46,6 @@ void scatter(const Pattern& p, const float* values, T* dense, int threads) {
   }
 }
 
-
 template <class T>
 void conv_gather(Layer& layer, PassKind kind, const void* in, int64_t images, int64_t h, int64_t w,
                  const float* values, Prologue prologue, Epilogue epilogue, void* out, int threads) {
