@@ -77,8 +77,9 @@ def empty(lib: ctypes.CDLL, shape: Sequence[int], dtype: torch.dtype) -> torch.T
     if count * dtype.itemsize < buffers.SMALLEST:
         return torch.empty(shape, dtype=dtype)
     memory = buffers.take(count * dtype.itemsize, lib.sfx_advise)
-    # A view could not be written in place where an autograd function returns it.
-    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, tuple(shape))  # pyright: ignore[reportCallIssue]
+    # A view could not be written in place where an autograd function returns it; and of a storage that Python has seen
+    # autograd does not know that nobody else holds it, so it would not add gradients in place.
+    return torch.empty(0, dtype=dtype).set_(memory.view(dtype).view(tuple(shape)))  # pyright: ignore[reportArgumentType]
 
 
 class _Prologue(ctypes.Structure):

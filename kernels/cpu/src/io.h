@@ -11,6 +11,18 @@ namespace sfx {
 
 constexpr int64_t STREAM_BYTES = 12 << 20;  // an output larger than this is not in cache when it is read next
 
+// How an output of so many elements is written: a large one past the caches. Followed by fence() in each thread.
+template <class T>
+struct Writer {
+  bool past_caches;
+  explicit Writer(int64_t elements) : past_caches(sizeof(T) == 4 && elements * 4 > STREAM_BYTES) {}
+  SFX_INLINE void operator()(T* p, vf value) const {
+    if constexpr (sizeof(T) == 4)
+      if (past_caches) return stream(p, value);
+    store_from_float(p, value);
+  }
+};
+
 struct TileAt {            // a tile (or strip) of a phase
   int64_t y, x;            // first output row and column, in the phase's numbering
   int64_t batch;           // first block of images
@@ -157,7 +169,7 @@ struct Blocked {
     const int64_t blocks = (images + BLOCK - 1) / BLOCK, batch = p.tiling.batch;
     const int64_t rows = std::min(p.tiling.rows, p.y.count - t.y), columns = std::min(p.tiling.cols, p.x.count - t.x);
     const bool tail = images % BLOCK && e.bias;
-    const bool past_caches = sizeof(T) == 4 && blocks * channels * h * w * LINE > STREAM_BYTES;
+    const Writer<T> write(blocks * channels * h * w * BLOCK);
     const LaneMask mask(images % BLOCK ? images % BLOCK : BLOCK);
     for (int64_t c = 0; c < n; ++c) {
       const vf bias = splat(e.bias ? e.bias[c0 + c] : 0.0f);
@@ -171,15 +183,11 @@ struct Blocked {
               vf value = load(row + k * batch * LINE + v * LANES * 4) + bias;
               if (e.relu) value = relu(value);
               if (tail && t.batch + b == blocks - 1) value = mask.apply(value, v);
-              T* at_k = to + k * p.x.out_step * BLOCK + v * LANES;
-              if (past_caches)
-                stream(reinterpret_cast<float*>(at_k), value);
-              else
-                store_from_float(at_k, value);
+              write(to + k * p.x.out_step * BLOCK + v * LANES, value);
             }
         }
     }
-    if (past_caches) fence();
+    if (write.past_caches) fence();
   }
 
   // Where a whole tile of channel c0 lies ready as fp32 rows, or null. Sets the pitches between channels and rows.

@@ -53,7 +53,7 @@ void forward(const SfxPool& p, const Prepared<ACTS>& prepared, const LaneMask& m
 }
 
 template <class T>
-void backward(const SfxPool& p, const T* g, T* dx, const Tap* taps) {
+void backward(const SfxPool& p, const Writer<T>& write, const T* g, T* dx, const Tap* taps) {
   const bool once = p.pad[0] == 0 && p.pad[1] == 0 && p.kernel[0] == p.stride[0] && p.kernel[1] == p.stride[1];
   if (!once || p.out[0] * p.kernel[0] != p.in[0] || p.out[1] * p.kernel[1] != p.in[1])
     std::memset(static_cast<void*>(dx), 0, p.in[0] * p.in[1] * BLOCK * sizeof(T));
@@ -69,7 +69,7 @@ void backward(const SfxPool& p, const T* g, T* dx, const Tap* taps) {
         each_tap(p, w, [&](int64_t k, int32_t tap) __attribute__((always_inline)) {
           T* to = dx + k + v * LANES;
           const vf part = from == tap ? value : vf{};
-          store_from_float(to, once ? part : load_as_float(to) + part);
+          once ? write(to, part) : store_from_float(to, load_as_float(to) + part);
         });
       }
     }
@@ -102,8 +102,12 @@ void run(int direction, const SfxPool& p, const Prologue& prologue, Planes plane
     return pool(p, prologue, planes, source, target, taps, threads);
   }
   const int64_t in = p.in[0] * p.in[1] * BLOCK, out = p.out[0] * p.out[1] * BLOCK;
+  const Writer<T> write(planes.count() * in);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t k = 0; k < planes.count(); ++k) backward(p, source + k * out, target + k * in, taps + k * out);
+  for (int64_t k = 0; k < planes.count(); ++k) {
+    backward(p, write, source + k * out, target + k * in, taps + k * out);
+    if (write.past_caches) fence();
+  }
 }
 
 }  // namespace

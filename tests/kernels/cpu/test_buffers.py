@@ -58,6 +58,31 @@ def test_tensors_are_ordinary():
         assert x.requires_grad_().is_leaf
 
 
+class Lent(torch.autograd.Function):
+    """The identity, whose gradient lies in lent memory; `places` gets where."""
+
+    @staticmethod
+    def forward(ctx, x, places):
+        ctx.places = places
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx = make().copy_(grad)
+        ctx.places.append(dx.data_ptr())
+        return dx, None
+
+
+def test_autograd_adds_gradients_of_branches_in_place():
+    x = torch.ones(SHAPE, requires_grad=True)
+    y, places, sums = x * 1, [], []
+    y.register_hook(lambda grad: sums.append((grad.data_ptr(), grad.unique().tolist())))
+    (Lent.apply(y, places) + 2 * Lent.apply(y, places)).sum().backward()
+    ((where, values),) = sums
+    assert where in places
+    assert values == [3.0]
+
+
 def test_small_tensors_are_left_to_the_allocator():
     make((8, 8))
     assert buffers.kept() == 0
