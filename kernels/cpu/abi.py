@@ -73,13 +73,9 @@ def check(lib: ctypes.CDLL, status: int) -> None:
 
 def empty(lib: ctypes.CDLL, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialized tensor; a large one lies in memory that an earlier step has used and freed."""
-    count = math.prod(shape)
-    if count * dtype.itemsize < buffers.SMALLEST:
+    if math.prod(shape) * dtype.itemsize < buffers.SMALLEST:
         return torch.empty(shape, dtype=dtype)
-    memory = buffers.take(count * dtype.itemsize, lib.sfx_advise)
-    # A view could not be written in place where an autograd function returns it; and of a storage that Python has seen
-    # autograd does not know that nobody else holds it, so it would not add gradients in place.
-    return torch.empty(0, dtype=dtype).set_(memory.view(dtype).view(tuple(shape)))  # pyright: ignore[reportArgumentType]
+    return buffers.take(shape, dtype, lib.sfx_advise)
 
 
 class _Prologue(ctypes.Structure):

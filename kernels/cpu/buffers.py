@@ -4,9 +4,10 @@ A tensor from here is an ordinary one. Its memory comes back when its storage is
 view, graph or user lets go of it; until then it is nobody else's.
 """
 
+import math
+import sys
 import threading
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -27,15 +28,19 @@ _most_lent = 0
 class _Lease(np.ndarray):
     """A view of kept memory; the tensor made of it holds it, and its end gives the memory back."""
 
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not finalizing() and self.base is not None:
+            _give_back(self.base)
 
-def take(size: int, advise: Callable[[int, int], None]) -> torch.Tensor:
-    """Lend memory as an uninitialized uint8 tensor `[size]`.
+
+def take(shape: Sequence[int], dtype: torch.dtype, advise: Callable[[int, int], None]) -> torch.Tensor:
+    """Lend memory as an uninitialized tensor.
 
     Args:
-        size: In bytes.
         advise: `(address, bytes)`, called for memory that is new.
     """
     global _kept, _lent, _most_lent
+    size = math.prod(shape) * dtype.itemsize
     with _lock:
         waiting = _free.get(size)
         memory = waiting.pop() if waiting else None
@@ -48,9 +53,12 @@ def take(size: int, advise: Callable[[int, int], None]) -> torch.Tensor:
         start = -whole.ctypes.data % _ALIGNMENT
         memory = whole[start : start + size]
         advise(memory.ctypes.data, size)
-    lease = memory.view(_Lease)
-    weakref.finalize(lease, _give_back, memory).atexit = False
-    return torch.from_numpy(lease)
+    if dtype == torch.float32:
+        return torch.from_numpy(_Lease(shape, np.float32, memory))
+    # A view could not be written in place where an autograd function returns it; and of a storage that Python has seen
+    # autograd does not know that nobody else holds it, so it would not add gradients in place.
+    bytes_ = torch.from_numpy(_Lease(size, np.uint8, memory))
+    return torch.empty(0, dtype=dtype).set_(bytes_.view(dtype).view(tuple(shape)))  # pyright: ignore[reportArgumentType]
 
 
 def _give_back(memory: np.ndarray) -> None:

@@ -19,6 +19,7 @@ from sparsefx.bench.model import PARTS, Request, bench_model
 from sparsefx.bench.report import markdown, plot, save, text
 from sparsefx.bench.settings import PROMISED, SETTINGS, machine
 from sparsefx.bench.trainers import Masks, load
+from sparsefx.errors import SparsefxError
 from sparsefx.kernels.bench import LAYERS, PassResult, bench_layers, clustered
 
 ALLOCATOR = {
@@ -46,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     masks.add_argument("--clustered", type=int, metavar="H", help="masks in columns of H output channels")
     masks.add_argument("--trained", type=Path, metavar="FILE", help="masks and weights of examples/cifar10.py --save")
     parser.add_argument("--json", type=Path, help="write the rows here, after each network")
+    parser.add_argument("--saved", nargs="+", type=Path, metavar="FILE", default=[],
+                        help="rows of earlier runs on this machine (--json), put before those timed now")  # fmt: skip
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="draw the rows; needs matplotlib, on cuda writes SVG without"
     )
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace, reexecute: bool) -> None:
     Args:
         reexecute: Whether the process may start itself anew with the allocator's settings.
     Raises:
-        SparsefxError: a device that there are no kernels for.
+        SparsefxError: a device that there are no kernels for; saved rows of another machine.
     """
     if args.device == "cuda":
         cuda.run(args)
@@ -71,8 +74,10 @@ def run(args: argparse.Namespace, reexecute: bool) -> None:
     if args.row:
         _one(args)
         return
-    results: dict[str, Any] = {"machine": machine() | {"threads": args.threads}, "rows": []}
-    if args.layers or not args.models:
+    results: dict[str, Any] = {"machine": machine() | {"threads": args.threads}}
+    results["rows"] = [row for path in args.saved for row in _saved(path, results["machine"])]
+    _keep(args, results)
+    if args.layers or not (args.models or args.saved):
         results["layers"] = [asdict(row) for row in _layers(args)]
         _keep(args, results)
     for job in jobs(args):
@@ -92,6 +97,20 @@ def _layers(args: argparse.Namespace) -> list[PassResult]:
     elif args.clustered:
         masks = clustered(args.clustered, layers)
     return bench_layers(layers, masks, threads=args.threads[-1], rounds=args.rounds)
+
+
+def _saved(path: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run.
+
+    Raises:
+        SparsefxError: it was on another machine, so that its times do not compare.
+    """
+    found = json.loads(path.read_text())
+    same = ("cpu", "cores", "isa", "torch")
+    if any(found["machine"][key] != here[key] for key in same):
+        expected, got = ({key: of[key] for key in same} for of in (here, found["machine"]))
+        raise SparsefxError(f"{path}: expected times of this machine, {expected}, got {got}; time it again here")
+    return found["rows"]
 
 
 def _keep(args: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -3,10 +3,13 @@
 import argparse
 import json
 
+import pytest
+
 from sparsefx.__main__ import main
 from sparsefx.bench import SETTINGS, command
 from sparsefx.bench.report import plot
-from sparsefx.bench.settings import PROMISED
+from sparsefx.bench.settings import PROMISED, machine
+from sparsefx.errors import SparsefxError
 
 
 def options(*words):
@@ -42,6 +45,19 @@ def test_a_process_that_fails_is_a_row(tmp_path, monkeypatch):
     rows = json.loads(out.read_text())["rows"]
     assert [row["model"] for row in rows] == ["lenet300", "lenet5"]
     assert all("ended with 1" in row["error"] for row in rows)
+
+
+def test_saved_rows_of_this_machine_are_joined(tmp_path):
+    paths = [tmp_path / f"{name}.json" for name in ("one", "other", "all")]
+    here = json.loads(json.dumps(machine()))
+    for path, model in zip(paths, ("lenet300", "lenet5"), strict=False):
+        rows = [{"model": model, "threads": 1, "batch": 1, "density": 0.1, "masks": "random", "error": "none"}]
+        path.write_text(json.dumps({"machine": here, "rows": rows}))
+    main(["bench", "--saved", *map(str, paths[:2]), "--json", str(paths[2])])
+    assert [row["model"] for row in json.loads(paths[2].read_text())["rows"]] == ["lenet300", "lenet5"]
+    paths[0].write_text(json.dumps({"machine": here | {"cpu": "another"}, "rows": []}))
+    with pytest.raises(SparsefxError, match="one.json: expected times of this machine"):
+        command.run(options("--saved", str(paths[0])), reexecute=False)
 
 
 def test_plot_draws_sweeps(tmp_path):
