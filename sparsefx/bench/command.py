@@ -76,7 +76,8 @@ def run(args: argparse.Namespace, reexecute: bool) -> None:
         return
     results: dict[str, Any] = {"machine": machine() | {"threads": args.threads}}
     results["rows"] = [row for path in args.saved for row in _saved(path, results["machine"])]
-    _keep(args, results)
+    if args.saved:
+        _keep(args, results)
     if args.layers or not (args.models or args.saved):
         results["layers"] = [asdict(row) for row in _layers(args)]
         _keep(args, results)

@@ -83,7 +83,7 @@ def save(path: Path, value: Any) -> None:
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw ratios by network, and step times by density and by batch where rows differ in these.
 
-    A dotted line is proportional. Of rows alike the last counts in a sweep, and the first in the ratios.
+    Of rows alike the last counts in a sweep, and the first in the ratios.
 
     Needs matplotlib.
     """
@@ -105,14 +105,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, key, fixed in ((axes[1], "density", "batch"), (axes[2], "batch", "density")):
         groups: dict[tuple, list[dict]] = {}
         for row in rows:
-            groups.setdefault((row["model"], row["threads"], row[fixed]), []).append(row)
-        for (model, threads, other), members in groups.items():
+            groups.setdefault((row["model"], row["threads"], row["masks"], row[fixed]), []).append(row)
+        for (model, threads, masks, other), members in groups.items():
             points = sorted({row[key]: row["sparse"]["outside"] for row in members}.items())
             if len(points) > 1:
-                label = f"{model}, {fixed} {other:g}, {threads} threads"
-                (line,) = axis.plot(*zip(*points, strict=True), "o-", label=label)
-                linear = [(x, points[-1][1] * x / points[-1][0]) for x in (points[0][0], points[-1][0])]
-                axis.plot(*zip(*linear, strict=True), ":", color=line.get_color(), lw=0.8)
+                label = f"{model}, {masks}, {fixed} {other:.3g}, {threads} threads"
+                axis.plot(*zip(*points, strict=True), "o-", label=label)
         axis.set(xscale="log", yscale="log", xlabel=key, ylabel="sparse step, ms")
         if axis.lines:
             axis.legend(fontsize=8)

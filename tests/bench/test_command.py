@@ -65,6 +65,7 @@ def test_plot_draws_sweeps(tmp_path):
         {
             "model": "wrn-28-2",
             "threads": 1,
+            "masks": "random",
             "batch": batch,
             "density": density,
             "ratio": 2.0,
