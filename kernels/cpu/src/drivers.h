@@ -53,6 +53,7 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
     const TileAt strip = strip_at(p, (item - first_item[phase]) / lists.blocks);
     char* x = memory + omp_get_thread_num() * (packed + sums);
     char* acc = x + packed;
+    int64_t table[MAX_TILE];
     const int64_t c0 = block * lists.block, width = std::min(lists.block, lists.outputs - c0);
     const int64_t live = int64_t(lists.live.size()), last = first_item[phase] + p.strips() * lists.blocks - 1;
     const TileAt next_strip = strip_at(p, (std::min(item + 1, last) - first_item[phase]) / lists.blocks);
@@ -62,7 +63,7 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
       in.pack(x, lists.live.data(), live, p, strip);
       if (moves && block == lists.blocks - 1) ahead = in.ahead(lists.live.data(), live, p, next_strip);
       const Cell* cells = lists.cells.data() + block * lists.chunks;
-      ahead.start(int64_t(cells[lists.chunks].first_record - cells[0].first_record) * p.tiling.strip_rows *
+      ahead.start(int64_t(cells[lists.chunks - 1].record[GROUPS] - cells[0].record[0]) * p.tiling.strip_rows *
                   p.tiling.strip_cols);
     }
     for (int64_t ty = 0; ty < p.tiling.strip_rows; ++ty)
@@ -70,36 +71,33 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
         const TileAt tile{strip.y + ty * p.tiling.rows, strip.x + tx * p.tiling.cols, strip.batch};
         if (tile.y >= p.y.count || tile.x >= p.x.count) continue;
         const char* base = x + ty * p.tiling.rows * p.row_bytes + tx * p.tiling.cols * p.cell_bytes;
-        for (uint32_t k = lists.empty_start[block]; k < lists.empty_start[block + 1]; ++k)
-          std::memset(acc + lists.empty[k] * p.tile_bytes(), 0, p.tile_bytes());
+        Sink sink;
+        const bool direct = out.sink(&sink, table, c0, p, tile, epilogue);
         for (int64_t c = 0; c < lists.chunks; ++c) {
           const Cell& cell = lists.cells[block * lists.chunks + c];
-          if (cell.first_record == cell.end_record) continue;
+          if (cell.records() == 0) continue;
           const char* from = base;
           if (p.one_tile()) {
-            const int64_t at = c * lists.chunk, next = (c + 1) % lists.chunks * lists.chunk;
-            in.pack(x, lists.live.data() + at, std::min(lists.chunk, live - at), p, strip);
+            const int64_t first = c * lists.chunk, next = (c + 1) % lists.chunks * lists.chunk;
+            in.pack(x, lists.live.data() + first, std::min(lists.chunk, live - first), p, strip);
             ahead = next || moves ? in.ahead(lists.live.data() + next, std::min(lists.chunk, live - next), p,
                                              next ? strip : next_strip)
                                   : Ahead();
-            ahead.start(cell.end_record - cell.first_record);
+            ahead.start(cell.records());
           } else {
             from += c * lists.chunk * p.channel_bytes;
           }
-          const uint32_t* offset = lists.offset.data() + cell.entry;
-          const float* v = value + first_value[phase] + cell.entry;
-          const Record* records = lists.records.data() + cell.first_record;
-          const int64_t first = cell.more_record - cell.first_record;
-          p.kernel->fma(from, p.row_bytes, records, lists.runs_at(cell.first_record), first, offset, v, acc, true,
-                        ahead);
-          for (int64_t r = 0; r < first; ++r) {
-            offset += records[r].count;
-            v += records[r].count;
-          }
-          p.kernel->fma(from, p.row_bytes, records + first, lists.runs_at(cell.more_record),
-                        cell.end_record - cell.more_record, offset, v, acc, false, ahead);
+          for (int g = 0; g < GROUPS; ++g)
+            p.kernel->fma(from, p.row_bytes, lists.records.data() + cell.record[g], lists.runs_at(cell.record[g]),
+                          cell.record[g + 1] - cell.record[g], lists.offset.data() + cell.entry[g],
+                          value + first_value[phase] + cell.entry[g], acc, g == WHOLE || g == OPENING,
+                          direct && (g == WHOLE || g == CLOSING) ? &sink : nullptr, ahead);
         }
-        out.unpack(acc, c0, width, p, tile, epilogue);
+        if (direct) {
+          if (sink.past_caches) fence();
+        } else {
+          out.unpack(acc, c0, width, p, tile, epilogue);
+        }
       }
   }
 }
@@ -121,8 +119,8 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
   int64_t most = 0;
   for (int64_t b = 0; b < lists.blocks; ++b)
     for (int64_t c = 0; c < lists.chunks;) {
-      const int64_t c0 = c, e0 = lists.cells[b * lists.chunks + c].entry;
-      const auto end = [&](int64_t k) { return int64_t(lists.cells[b * lists.chunks + k + 1].entry); };
+      const int64_t c0 = c, e0 = lists.cells[b * lists.chunks + c].entry[0];
+      const auto end = [&](int64_t k) { return int64_t(lists.cells[b * lists.chunks + k].entry[GROUPS]); };
       do ++c;
       while (c < lists.chunks && (end(c) - e0) * 4 <= PARTIAL_BUDGET);
       if (end(c - 1) == e0) continue;
@@ -146,7 +144,7 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
     char* g = x + packed;
     float* partial = reinterpret_cast<float*>(g + held);
     const Cell* cells = lists.cells.data() + unit.block * lists.chunks;
-    const int64_t e0 = cells[unit.chunk0].entry, n = cells[unit.chunk1].entry - e0;
+    const int64_t e0 = cells[unit.chunk0].entry[0], n = cells[unit.chunk1 - 1].entry[GROUPS] - e0;
     const int64_t c0 = unit.block * lists.block, width = std::min(lists.block, lists.outputs - c0);
     std::memset(partial, 0, (n + LANES) * 4);
     const int64_t last = strips * (split + 1) / splits - 1;
@@ -158,8 +156,8 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
         const int64_t n_live = std::min(unit.chunk1 * lists.chunk, live) - first;
         in.pack(x, lists.live.data() + first, n_live, p, strip);
         if (s < last) ahead = in.ahead(lists.live.data() + first, n_live, p, next_strip);
-        ahead.start(int64_t(cells[unit.chunk1].first_record - cells[unit.chunk0].first_record) * p.tiling.strip_rows *
-                    p.tiling.strip_cols);
+        ahead.start(int64_t(cells[unit.chunk1 - 1].record[GROUPS] - cells[unit.chunk0].record[0]) *
+                    p.tiling.strip_rows * p.tiling.strip_cols);
       }
       for (int64_t ty = 0; ty < p.tiling.strip_rows; ++ty)
         for (int64_t tx = 0; tx < p.tiling.strip_cols; ++tx) {
@@ -175,7 +173,7 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
           const char* base = x + ty * p.tiling.rows * p.row_bytes + tx * p.tiling.cols * p.cell_bytes;
           for (int64_t c = unit.chunk0; c < unit.chunk1; ++c) {
             const Cell& cell = cells[c];
-            if (cell.first_record == cell.end_record) continue;
+            if (cell.entry[GROUPS] == cell.entry[0]) continue;
             const char* from = base;
             if (p.one_tile()) {
               const bool wraps = c + 1 == unit.chunk1;
@@ -184,14 +182,13 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
               ahead = !wraps || s < last ? in.ahead(lists.live.data() + next, std::min(lists.chunk, live - next), p,
                                                     wraps ? next_strip : strip)
                                          : Ahead();
-              ahead.start(cell.end_record - cell.first_record);
+              ahead.start(cell.records());
             } else {
               from += (c - unit.chunk0) * lists.chunk * p.channel_bytes;
             }
-            p.kernel->dot(from, p.row_bytes, lists.records.data() + cell.first_record,
-                          lists.runs_at(cell.first_record), cell.end_record - cell.first_record,
-                          lists.offset.data() + cell.entry, held_g, channel_pitch, row_pitch,
-                          partial + (cell.entry - e0), ahead);
+            p.kernel->dot(from, p.row_bytes, lists.records.data() + cell.record[0], lists.runs_at(cell.record[0]),
+                          cell.records(), lists.offset.data() + cell.entry[0], held_g, channel_pitch, row_pitch,
+                          partial + (cell.entry[0] - e0), ahead);
           }
         }
     }

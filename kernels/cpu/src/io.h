@@ -190,6 +190,25 @@ struct Blocked {
     if (write.past_caches) fence();
   }
 
+  // Where the sums of a tile of channels from c0 on go without unpack(), if they can; `table` is the sink's.
+  bool sink(Sink* sink, int64_t* table, int64_t c0, const PhasePlan& p, TileAt t, Epilogue e) const {
+    const int64_t blocks = (images + BLOCK - 1) / BLOCK, batch = p.tiling.batch;
+    if (sizeof(T) != 4 || t.y + p.tiling.rows > p.y.count || t.x + p.tiling.cols > p.x.count ||
+        t.batch + batch > blocks || (e.bias && images % BLOCK && t.batch + batch == blocks))
+      return false;
+    const int64_t line = p.x.out_step * LINE, row = p.y.out_step * w * LINE, block = channels * h * w * LINE;
+    int64_t i = 0;
+    for (int64_t r = 0; r < p.tiling.rows; ++r)
+      for (int64_t k = 0; k < p.tiling.cols; ++k)
+        for (int64_t b = 0; b < batch; ++b)
+          for (int v = 0; v < VECS; ++v) table[i++] = r * row + k * line + b * block + v * LANES * 4;
+    T* first = at(t.batch, c0, p.y.first + t.y * p.y.out_step, p.x.first + t.x * p.x.out_step);
+    const Writer<T> write(blocks * channels * h * w * BLOCK);
+    *sink = {reinterpret_cast<char*>(first), h * w * LINE, table, e.bias ? e.bias + c0 : nullptr, e.relu,
+             write.past_caches};
+    return true;
+  }
+
   // Where a whole tile of channel c0 lies ready as fp32 rows, or null. Sets the pitches between channels and rows.
   const char* tile_in_place(int64_t c0, const PhasePlan& p, TileAt t, int64_t* channel, int64_t* row) const {
     if (sizeof(T) != 4 || p.tiling.batch != 1 || t.y + p.tiling.rows > p.y.count || t.x + p.tiling.cols > p.x.count)
@@ -234,6 +253,7 @@ struct Pixels {
   }
 
   Ahead ahead(const uint32_t*, int64_t, const PhasePlan&, TileAt) const { return {}; }
+  bool sink(Sink*, int64_t*, int64_t, const PhasePlan&, TileAt, Epilogue) const { return false; }
 
   void unpack(const char* acc, int64_t c0, int64_t n, const PhasePlan& p, TileAt t, Epilogue e) const {
     const int64_t rows = std::min(p.tiling.rows, p.y.count - t.y), columns = std::min(p.tiling.cols, p.x.count - t.x);
@@ -303,6 +323,7 @@ struct Rows {
   }
 
   const char* tile_in_place(int64_t, const PhasePlan&, TileAt, int64_t*, int64_t*) const { return nullptr; }
+  bool sink(Sink*, int64_t*, int64_t, const PhasePlan&, TileAt, Epilogue) const { return false; }
 
  private:
   // `width` features from `feature` on (LANES of them, or 1) of LANES images, to one native vector per feature.

@@ -100,42 +100,46 @@ Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int6
     if (tap_offset[tap] >= 0) ++run_of(out, in, tap);
   });
 
-  l.cells.resize(l.blocks * l.chunks + 1);
-  l.empty_start.push_back(0);
-  std::vector<uint8_t> met(l.block);
+  l.cells.resize(l.blocks * l.chunks);
+  std::vector<int64_t> first(l.block), last(l.block);  // chunks of each output's first and last record
   std::vector<uint32_t> order, count(l.block);
   uint32_t entry = 0;
   for (int64_t b = 0; b < l.blocks; ++b) {
     const int64_t o0 = b * l.block, width = std::min(l.block, l.outputs - o0);
-    std::fill(met.begin(), met.end(), 0);
+    const auto run = [&](int64_t q, int64_t c) { return next.data() + ((o0 + q) * l.chunks + c) * classes; };
+    const auto filled = [&](int64_t q, int64_t c) {
+      return std::any_of(run(q, c), run(q, c) + classes, [](uint32_t n) { return n > 0; });
+    };
+    for (int64_t q = 0; q < width; ++q) {
+      for (first[q] = 0; first[q] < l.chunks && !filled(q, first[q]);) ++first[q];
+      if (first[q] == l.chunks) first[q] = 0;
+      for (last[q] = l.chunks - 1; last[q] > first[q] && !filled(q, last[q]);) --last[q];
+    }
     for (int64_t c = 0; c < l.chunks; ++c) {
-      const auto run = [&](uint32_t q) { return next.data() + ((o0 + q) * l.chunks + c) * classes; };
+      const auto group = [&](uint32_t q) {
+        return first[q] == c ? (last[q] == c ? WHOLE : OPENING) : last[q] == c ? CLOSING : INNER;
+      };
       order.clear();
       for (uint32_t q = 0; q < width; ++q) {
-        count[q] = std::accumulate(run(q), run(q) + classes, uint32_t(0));
-        if (count[q]) order.push_back(q);
+        count[q] = std::accumulate(run(q, c), run(q, c) + classes, uint32_t(0));
+        if (count[q] || first[q] == c) order.push_back(q);
       }
       std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t z) {
-        return met[a] != met[z] ? met[a] < met[z] : count[a] > count[z];
+        return group(a) != group(z) ? group(a) < group(z) : count[a] > count[z];
       });
       Cell& cell = l.cells[b * l.chunks + c];
-      cell.entry = entry;
-      cell.first_record = uint32_t(l.records.size());
-      cell.more_record = cell.first_record;
-      for (uint32_t q : order) {
-        l.records.push_back({q, count[q]});
-        if (!met[q]) ++cell.more_record;
-        if (classes > 1) std::copy_n(run(q), CLASSES, l.runs.emplace_back().of);
-        for (uint32_t* n = run(q); n < run(q) + classes; ++n) entry += std::exchange(*n, entry);
+      auto q = order.begin();
+      for (int g = 0; g <= GROUPS; ++g) {
+        cell.record[g] = uint32_t(l.records.size());
+        cell.entry[g] = entry;
+        for (; g < GROUPS && q != order.end() && group(*q) == g; ++q) {
+          l.records.push_back({*q, count[*q]});
+          if (classes > 1) std::copy_n(run(*q, c), CLASSES, l.runs.emplace_back().of);
+          for (uint32_t* n = run(*q, c); n < run(*q, c) + classes; ++n) entry += std::exchange(*n, entry);
+        }
       }
-      for (uint32_t q : order) met[q] = 1;
-      cell.end_record = uint32_t(l.records.size());
     }
-    for (uint32_t q = 0; q < width; ++q)
-      if (!met[q]) l.empty.push_back(q);
-    l.empty_start.push_back(uint32_t(l.empty.size()));
   }
-  l.cells.back() = {uint32_t(l.records.size()), uint32_t(l.records.size()), uint32_t(l.records.size()), entry};
 
   l.offset.resize(entries);
   l.source.resize(entries);

@@ -19,13 +19,17 @@ struct Pattern {
 
 Pattern make_pattern(const ConvShape& shape, const uint8_t* mask);
 
+// What becomes of a record's sums: it is the first of its output channel in the block, the last, both or neither.
+enum Group { WHOLE = 0, OPENING = 1, INNER = 2, CLOSING = 3, GROUPS = 4 };
+
 struct Cell {  // a block of output channels x a chunk of input channels
-  uint32_t first_record, more_record, end_record;  // channels met for the first time, then the others
-  uint32_t entry;
+  uint32_t record[GROUPS + 1], entry[GROUPS + 1];  // where each group starts
+  int64_t records() const { return record[GROUPS] - record[0]; }
 };
 
-// Entries of one phase, grouped by (block of outputs, chunk of inputs, output). Within a cell, outputs of equal count
-// stand together, so that the inner loop's trip count is predictable.
+// Entries of one phase, grouped by (block of outputs, chunk of inputs, output). Within a group of a cell, outputs of
+// equal count stand together, so that the inner loop's trip count is predictable. An output without entries has an
+// empty record in its block's first cell.
 struct Lists {
   int64_t outputs = 0, block = 0, blocks = 0;   // output channels, how many to a block
   int64_t chunk = 0, chunks = 0;                // live input channels to a chunk
@@ -34,8 +38,7 @@ struct Lists {
   std::vector<uint32_t> source;                 // [entries]: position in Pattern order
   std::vector<Record> records;
   std::vector<Runs> runs;                       // [records], if the tile is clipped
-  std::vector<Cell> cells;                      // [blocks * chunks + 1]
-  std::vector<uint32_t> empty_start, empty;     // [blocks + 1], and the outputs of each block without entries
+  std::vector<Cell> cells;                      // [blocks * chunks]
   int64_t entries() const { return int64_t(offset.size()); }
   const Runs* runs_at(uint32_t record) const { return runs.empty() ? nullptr : runs.data() + record; }
 };

@@ -7,8 +7,6 @@
 namespace sfx {
 namespace {
 
-constexpr int REGISTERS = LANES == 16 ? 32 : 16;
-constexpr int MAX_TILE = REGISTERS == 32 ? 28 : 12;
 constexpr int64_t VEC = LANES * 4;
 
 // G rows of X native vectors; clipped if a column's vectors S are given.
@@ -54,9 +52,30 @@ SFX_INLINE void accumulate(const char* x, int64_t pitch, const uint32_t* offset,
   }
 }
 
+template <int P>
+SFX_INLINE void put(const Sink& sink, uint32_t channel, vf (&sum)[P]) {
+  char* out = sink.out + int64_t(channel) * sink.channel_bytes;
+  if (sink.bias) {
+    const vf bias = splat(sink.bias[channel]);
+#pragma GCC unroll 32
+    for (int i = 0; i < P; ++i) sum[i] += bias;
+  }
+  if (sink.relu) {
+#pragma GCC unroll 32
+    for (int i = 0; i < P; ++i) sum[i] = relu(sum[i]);
+  }
+  if (sink.past_caches) {
+#pragma GCC unroll 32
+    for (int i = 0; i < P; ++i) stream(reinterpret_cast<float*>(out + sink.at[i]), sum[i]);
+  } else {
+#pragma GCC unroll 32
+    for (int i = 0; i < P; ++i) store(out + sink.at[i], sum[i]);
+  }
+}
+
 template <class T>
 void fma_kernel(const char* x, int64_t pitch, const Record* records, const Runs* runs, int64_t n,
-                const uint32_t* offset, const float* value, char* acc, bool first, Ahead& ahead) {
+                const uint32_t* offset, const float* value, char* acc, bool first, const Sink* sink, Ahead& ahead) {
   constexpr int P = T::P;
   for (int64_t r = 0; r < n; ++r) {
     char* out = acc + int64_t(records[r].channel) * (P * VEC);
@@ -68,8 +87,12 @@ void fma_kernel(const char* x, int64_t pitch, const Record* records, const Runs*
       offset += count;
       value += count;
     });
+    if (sink) {
+      put<P>(*sink, records[r].channel, sum);
+    } else {
 #pragma GCC unroll 32
-    for (int i = 0; i < P; ++i) store(out + i * VEC, sum[i]);
+      for (int i = 0; i < P; ++i) store(out + i * VEC, sum[i]);
+    }
     ahead.step();
   }
 }

@@ -5,6 +5,9 @@
 
 namespace sfx {
 
+constexpr int REGISTERS = LANES == 16 ? 32 : 16;
+constexpr int MAX_TILE = REGISTERS == 32 ? 28 : 12;  // native vectors
+
 struct Record {       // one output channel's run of entries in a chunk
   uint32_t channel;   // within the block of output channels
   uint32_t count;     // entries
@@ -61,10 +64,21 @@ struct Runs {
   uint32_t of[CLASSES];
 };
 
+// Where the last record of each output channel puts its sums: a tile of fp32 outputs.
+struct Sink {
+  char* out;              // the tile of channel 0 of the block
+  int64_t channel_bytes;
+  const int64_t* at;      // [vectors of a tile]: bytes from the start of the channel's tile
+  const float* bias;      // from channel 0 of the block on, or null
+  bool relu, past_caches;
+};
+
 // acc[channel] (+)= value * x[offset + row * pitch] over a chunk's records.
-// `acc` is [channel][G * X] contiguous. With `first` the sums start at zero instead of at `acc`.
+// `acc` is [channel][G * X] contiguous. With `first` the sums start at zero instead of at `acc`; with a sink they go
+// there.
 using FmaKernel = void (*)(const char* x, int64_t pitch, const Record* records, const Runs* runs, int64_t n,
-                           const uint32_t* offset, const float* value, char* acc, bool first, Ahead& ahead);
+                           const uint32_t* offset, const float* value, char* acc, bool first, const Sink* sink,
+                           Ahead& ahead);
 
 // partial[entry] += sum over the tile and its lanes of g[channel] * x[offset]; up to LANES - 1 floats after the last
 // entry are read and written back unchanged.

@@ -64,7 +64,18 @@ Footprint footprint(Pitches& y, Pitches& x, const Tiling& t) {
 }
 
 // Cycles for one line to be loaded from where a working set of this many bytes lives.
-double load_cycles(double bytes) { return bytes <= L1_BUDGET ? 0.5 : bytes <= L2_BUDGET ? 1.35 : 5.0; }
+double load_cycles(double bytes) {
+  constexpr struct {
+    double bytes, cycles;
+  } MEASURED[] = {{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35}, {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}};
+  if (bytes <= MEASURED[0].bytes) return MEASURED[0].cycles;
+  for (size_t i = 1; i < std::size(MEASURED); ++i) {
+    const auto [low, below] = MEASURED[i - 1];
+    const auto [high, above] = MEASURED[i];
+    if (bytes <= high) return below + (above - below) * std::log(bytes / low) / std::log(high / low);
+  }
+  return 5.0;
+}
 
 // Cycles of a tiling, from the lines it moves. The constants are measured on AVX-512 and only rank candidates.
 double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
@@ -80,6 +91,10 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   double tile = load_cycles(t.chunk * tile_bytes) * vectors * f.touched + (s.kind == WGRAD ? 4 : 1.5);
   tile *= double(s.entries);
   tile += records * (25 + vectors * (s.kind == WGRAD ? 1.0 : 1.6) * acc);
+  if (s.kind != WGRAD) {  // the last record of an output in a whole tile neither stores nor unpacks its sums
+    const double whole = double(y.count() / t.rows * t.rows * (x.count() / t.cols) * t.cols) / double(y.count() * x.count());
+    tile -= whole * double(s.outputs) * vectors * (1.6 * acc * (chunks > 1 ? 0.5 : 1) + acc);
+  }
   if (f.clipped) tile += records * CLASSES * (1 - std::exp(-per_cell / CLASSES)) * 15;
   const double units = s.kind == WGRAD ? blocks * std::ceil(s.entries / blocks * 4 / PARTIAL_BUDGET) : blocks;
   tile += units / blocks * double(s.outputs) * vectors * (1 + acc);  // unpack the sums, or pack the gradient
@@ -120,7 +135,7 @@ Tiling choose(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, cons
       if (m.column && !f.clipped) continue;
       const int64_t tile_bytes = f.rows * f.cols * batch * LINE, acc = t.rows * lines * LINE;
       const int64_t whole_y = ceil_div(y.count(), t.rows), whole_x = ceil_div(x.count(), t.cols);
-      for (int64_t budget : {L1_BUDGET, 3 * L1_BUDGET, L2_BUDGET, INT64_MAX / 2})
+      for (int64_t budget : {L1_BUDGET, 2 * L1_BUDGET, 4 * L1_BUDGET, L2_BUDGET / 2, L2_BUDGET, INT64_MAX / 2})
         for (int64_t parts : {1, 2, 4, 8}) {
           t.chunk = ceil_div(s.live, ceil_div(s.live, std::clamp<int64_t>(budget / tile_bytes, 1, s.live)));
           t.block = ceil_div(s.outputs, parts);
