@@ -26,6 +26,7 @@ def conv(
     spec: ConvSpec,
     prologue: Prologue | None = None,
     centred: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Convolution with a masked weight.
 
@@ -38,19 +39,21 @@ def conv(
         spec: Geometry, and whether activations are batch-innermost.
         prologue: What is done to blocked `x` first; the gradient of `x` is that of its result. Not in a compiled graph.
         centred: Whether the output's gradient sums to zero in each channel, so that the bias's is zero.
+        residual: Added to blocked outputs.
     Returns:
         `[N, O, *space]`, laid out like `x`. The weight's gradient is zero where the mask is False.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.sparsefx.conv(x, weight, bias, mask, handle, *spec)
-    return _Eager.apply(x, weight, bias, mask, handle, spec, prologue, centred)
+        out = torch.ops.sparsefx.conv(x, weight, bias, mask, handle, *spec)
+        return out if residual is None else out.add_(residual)
+    return _Eager.apply(x, weight, bias, mask, handle, spec, prologue, centred, residual)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int) -> Tensor:
     """Linear layer with a masked weight `[O, I]`: `[..., I]` to `[..., O]`."""
     if torch.compiler.is_compiling():
         return torch.ops.sparsefx.linear(x, weight, bias, mask, handle)
-    return _Eager.apply(x, weight, bias, mask, handle, None, None, False)
+    return _Eager.apply(x, weight, bias, mask, handle, None, None, False, None)
 
 
 class _Eager(torch.autograd.Function):
@@ -65,17 +68,19 @@ class _Eager(torch.autograd.Function):
         spec: ConvSpec | None,
         prologue: Prologue | None,
         centred: bool,
+        residual: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
         ctx.runtime, ctx.spec, ctx.prologue, ctx.centred = Runtime.of(handle), spec, prologue, centred
-        return ctx.runtime.fprop(spec, x, weight, bias, mask, prologue)
+        ctx.added = None if residual is None else residual.dtype
+        return ctx.runtime.fprop(spec, x, weight, bias, mask, prologue, residual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, mask = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         grads = ctx.runtime.backward(ctx.spec, grad, x, weight, mask, wanted, ctx.prologue, ctx.centred)
-        return (*grads, *[None] * 5)
+        return (*grads, *[None] * 5, None if ctx.added is None else grad.to(ctx.added))
 
 
 def _strided(out: Tensor, like: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from sparsefx.kernels.spec import ConvSpec, Prologue, bias_grad
 class Backend(Protocol):
     """How a layer computes its three passes; the shapes are those of `Dense`.
 
-    One with a true attribute `takes_prologue` takes one as the last argument of `fprop` and `wgrad`.
+    One with a true attribute `fuses` takes a prologue as the next argument of `fprop` and `wgrad`, and then a residual
+    in `fprop`.
     """
 
     name: str
@@ -39,8 +40,8 @@ def dense_for(spec: ConvSpec | None) -> Any:
     return CONVERTED_DENSE if spec is not None and spec.images else DENSE
 
 
-def _takes_prologue(backend: Any) -> bool:
-    return getattr(backend, "takes_prologue", False)
+def _fuses(backend: Any) -> bool:
+    return getattr(backend, "fuses", False)
 
 
 def _images(spec: ConvSpec | None) -> int:
@@ -113,14 +114,15 @@ class Runtime:
         bias: Tensor | None,
         mask: Tensor,
         prologue: Prologue | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Output of the layer."""
+        """Output of the layer, plus `residual` where one is given."""
         backend: Any = self.choose("fprop", spec, x, None, weight, mask) if self.choose else dense_for(spec)
-        if prologue is None:
-            return backend.fprop(spec, x, weight, bias)
-        if _takes_prologue(backend):
-            return backend.fprop(spec, x, weight, bias, prologue)
-        return backend.fprop(spec, prepared(x, prologue, _images(spec)), weight, bias)
+        if _fuses(backend) and (residual is None or residual.dtype == x.dtype):
+            return backend.fprop(spec, x, weight, bias, prologue, None if residual is None else residual.contiguous())
+        x = x if prologue is None else prepared(x, prologue, _images(spec))
+        out = backend.fprop(spec, x, weight, bias)
+        return out if residual is None else out.add_(residual)
 
     def backward(
         self,
@@ -148,7 +150,7 @@ class Runtime:
         )
         arguments = ()
         if prologue is not None and wgrad is not None:
-            arguments = (prologue,) if _takes_prologue(wgrad) else ()
+            arguments = (prologue,) if _fuses(wgrad) else ()
             x = x if arguments else prepared(x, prologue, _images(spec))
         if wgrad is masked_dense:
             if dgrad is masked_dense and spec is not None:

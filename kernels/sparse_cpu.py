@@ -24,7 +24,7 @@ class SparseCpu:
     """
 
     name = "sparse"
-    takes_prologue = True
+    fuses = True
 
     def __init__(self, mask: Tensor, spec: ConvSpec | None) -> None:
         if spec is None:
@@ -46,14 +46,15 @@ class SparseCpu:
         weight: Tensor,
         bias: Tensor | None,
         prologue: Prologue | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Output of the layer; a prologue comes with blocked activations alone."""
+        """Output of the layer, plus `residual`; that and a prologue come with blocked activations alone."""
         wide_bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
         if spec is None:
             out = self.linear.fprop(_rows(x), weight, wide_bias)
             return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
         if spec.images:
-            return self.conv.fprop(x, weight, wide_bias, images=spec.images, prologue=prologue)
+            return self.conv.fprop(x, weight, wide_bias, images=spec.images, prologue=prologue, residual=residual)
         images = x.shape[0]
         if images <= FEW_IMAGES:
             return self.conv.infer(x.detach().contiguous(), weight, wide_bias).contiguous(memory_format=_format(x))

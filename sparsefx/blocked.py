@@ -55,9 +55,7 @@ def conv(
     prologue = given.prologue
     if prologue is not None and x.dtype != given.x.dtype:  # autocast rounds what is read, not what that is made of
         x, prologue = given.written().to(x.dtype), None
-    out = ops.conv(x, weight, bias, layer.weight_mask, layer.handle, spec, prologue, centred)
-    if residual is not None:
-        out = out.add_(residual)
+    out = ops.conv(x, weight, bias, layer.weight_mask, layer.handle, spec, prologue, centred, residual)
     return torch.relu_(out) if relu else out
 
 

@@ -23,7 +23,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_layer_tiling": (_INT, [_P, _INT, _I64, _I64, _I64, _INT, _P, _P]),
     "sfx_layer_collect": (_INT, [_P, _INT, _P, _P, _INT]),
     "sfx_layer_scatter": (_INT, [_P, _INT, _P, _P, _INT]),
-    "sfx_conv_gather": (_INT, [_P, _INT, _INT, _P, _I64, _I64, _I64, _P, _P, _P, _INT, _P, _INT]),
+    "sfx_conv_gather": (_INT, [_P, _INT, _INT, _P, _I64, _I64, _I64, _P, _P, _P, _P, _INT, _P, _INT]),
     "sfx_conv_wgrad": (_INT, [_P, _INT, _P, _P, _I64, _I64, _I64, _P, _P, _INT]),
     "sfx_linear_gather": (_INT, [_P, _INT, _INT, _P, _I64, _P, _P, _INT, _P, _INT]),
     "sfx_linear_wgrad": (_INT, [_P, _INT, _P, _P, _I64, _P, _INT]),

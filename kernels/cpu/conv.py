@@ -64,9 +64,10 @@ class ConvPlan(LayerPlan):
         *,
         images: int | None = None,
         prologue: Prologue | None = None,
+        residual: torch.Tensor | None = None,
         relu: bool = False,
     ) -> torch.Tensor:
-        """Convolve.
+        """Convolve, add `residual`, clamp at zero where `relu`.
 
         Args:
             x: `[B, I, H, W, 16]` fp32 or bf16.
@@ -74,13 +75,17 @@ class ConvPlan(LayerPlan):
             bias: `[O]` fp32.
             images: How many images `x` holds; all of its lanes if None.
             prologue: What is done to `x` first.
-            relu: Clamp the result at zero.
+            residual: Of the result's shape and dtype.
         Returns:
             `[B, O, H', W', 16]` of x's dtype.
         """
         h, w = self._check("x", x, self.mask_shape[1] * self.groups, images)
         out = empty(self._lib, (x.shape[0], self.mask_shape[0], *self.out_hw(h, w), BLOCK), x.dtype)
-        self._gather("fprop", x, h, w, weight, bias, images, relu, out, prologue)
+        if residual is not None:
+            require("residual", residual, dtype=x.dtype)
+            if residual.shape != out.shape:
+                raise ValueError(f"residual: expected {tuple(out.shape)}, got {tuple(residual.shape)}")
+        self._gather("fprop", x, h, w, weight, bias, images, relu, out, prologue, residual)
         return out
 
     def infer(
@@ -154,10 +159,12 @@ class ConvPlan(LayerPlan):
         relu: bool,
         out: torch.Tensor,
         prologue: Prologue | None = None,
+        residual: torch.Tensor | None = None,
     ) -> None:
         values, bias = self.collect(weight), self._bias(bias)
         status = self._lib.sfx_conv_gather(
             self._handle, PASSES[kind], DTYPES[x.dtype], pointer(x), images or x.shape[0] * BLOCK, h, w,
-            self._prologue(prologue), pointer(values), pointer(bias), relu, pointer(out), torch.get_num_threads(),
+            self._prologue(prologue), pointer(values), pointer(bias), pointer(residual), relu, pointer(out),
+            torch.get_num_threads(),
         )  # fmt: skip
         check(self._lib, status)

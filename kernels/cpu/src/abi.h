@@ -30,9 +30,10 @@ struct SfxPrologue {
 };
 
 // kind: 0 = fprop, 1 = dgrad. h, w: the layer's input size. prologue: of the input of fprop and wgrad, may be null.
+// residual: added to the output, of its shape and dtype, may be null.
 int sfx_conv_gather(void* layer, int kind, int dtype, const void* in, int64_t images, int64_t h, int64_t w,
-                    const SfxPrologue* prologue, const float* values, const float* bias, int relu, void* out,
-                    int threads);
+                    const SfxPrologue* prologue, const float* values, const float* bias, const void* residual, int relu,
+                    void* out, int threads);
 int sfx_conv_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, int64_t h, int64_t w,
                    const SfxPrologue* prologue, float* values, int threads);
 int sfx_linear_gather(void* layer, int kind, int dtype, const void* in, int64_t images, const float* values,

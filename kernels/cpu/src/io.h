@@ -29,7 +29,8 @@ struct TileAt {            // a tile (or strip) of a phase
 };
 
 struct Epilogue {
-  const float* bias;  // [channels] or null
+  const float* bias;     // [channels] or null
+  const void* residual;  // laid out and stored as the output, or null
   bool relu;
 };
 
@@ -177,10 +178,12 @@ struct Blocked {
       for (int64_t b = 0; b < batch && t.batch + b < blocks; ++b)
         for (int64_t r = 0; r < rows; ++r) {
           T* to = at(t.batch + b, c0 + c, p.y.first + (t.y + r) * p.y.out_step, p.x.first + t.x * p.x.out_step);
+          const T* residual = e.residual ? static_cast<const T*>(e.residual) + (to - data) : nullptr;
           const char* row = from + (r * p.tiling.cols * batch + b) * LINE;
           for (int64_t k = 0; k < columns; ++k)
             for (int v = 0; v < VECS; ++v) {
               vf value = load(row + k * batch * LINE + v * LANES * 4) + bias;
+              if (residual) value += load_as_float(residual + k * p.x.out_step * BLOCK + v * LANES);
               if (e.relu) value = relu(value);
               if (tail && t.batch + b == blocks - 1) value = mask.apply(value, v);
               write(to + k * p.x.out_step * BLOCK + v * LANES, value);
@@ -204,7 +207,8 @@ struct Blocked {
           for (int v = 0; v < VECS; ++v) table[i++] = r * row + k * line + b * block + v * LANES * 4;
     T* first = at(t.batch, c0, p.y.first + t.y * p.y.out_step, p.x.first + t.x * p.x.out_step);
     const Writer<T> write(blocks * channels * h * w * BLOCK);
-    *sink = {reinterpret_cast<char*>(first), h * w * LINE, table, e.bias ? e.bias + c0 : nullptr, e.relu,
+    const char* residual = e.residual ? static_cast<const char*>(e.residual) + (first - data) * sizeof(T) : nullptr;
+    *sink = {reinterpret_cast<char*>(first), h * w * LINE, table, e.bias ? e.bias + c0 : nullptr, residual, e.relu,
              write.past_caches};
     return true;
   }

@@ -165,12 +165,12 @@ int sfx_layer_scatter(void* handle, int dtype, const float* values, void* dense,
 }
 
 int sfx_conv_gather(void* layer, int kind, int dtype, const void* in, int64_t images, int64_t h, int64_t w,
-                    const SfxPrologue* prologue, const float* values, const float* bias, int relu, void* out,
-                    int threads) {
+                    const SfxPrologue* prologue, const float* values, const float* bias, const void* residual, int relu,
+                    void* out, int threads) {
   return guarded([&] {
     const auto run = dtype ? conv_gather<bf16> : conv_gather<float>;
     run(*static_cast<Layer*>(layer), PassKind(kind), in, images, h, w, values, prologue_of(prologue),
-        {bias, relu != 0}, out, team(threads));
+        {bias, residual, relu != 0}, out, team(threads));
   });
 }
 
@@ -186,14 +186,14 @@ int sfx_conv_pixels(void* layer, int dtype, const void* in, int64_t images, int6
                     const float* bias, int relu, void* out, int threads) {
   return guarded([&] {
     const auto run = dtype ? conv_pixels<bf16> : conv_pixels<float>;
-    run(*static_cast<Layer*>(layer), in, images, h, w, values, {bias, relu != 0}, out, team(threads));
+    run(*static_cast<Layer*>(layer), in, images, h, w, values, {bias, nullptr, relu != 0}, out, team(threads));
   });
 }
 
 int sfx_linear_rows(void* layer, int dtype, const void* in, int64_t images, const float* values, const float* bias,
                     int relu, void* out, int threads) {
   const Pattern& p = static_cast<Layer*>(layer)->pattern;
-  const Epilogue epilogue{bias, relu != 0};
+  const Epilogue epilogue{bias, nullptr, relu != 0};
   return guarded([&] {
     dtype ? linear_rows(p, static_cast<const bf16*>(in), images, values, epilogue, static_cast<bf16*>(out),
                         team(threads))
@@ -206,7 +206,7 @@ int sfx_linear_gather(void* layer, int kind, int dtype, const void* in, int64_t 
                       const float* bias, int relu, void* out, int threads) {
   return guarded([&] {
     const auto run = dtype ? linear_gather<bf16> : linear_gather<float>;
-    run(*static_cast<Layer*>(layer), PassKind(kind), in, images, values, {bias, relu != 0}, out, team(threads));
+    run(*static_cast<Layer*>(layer), PassKind(kind), in, images, values, {bias, nullptr, relu != 0}, out, team(threads));
   });
 }
 

@@ -60,6 +60,11 @@ SFX_INLINE void put(const Sink& sink, uint32_t channel, vf (&sum)[P]) {
 #pragma GCC unroll 32
     for (int i = 0; i < P; ++i) sum[i] += bias;
   }
+  if (sink.residual) {
+    const char* residual = sink.residual + int64_t(channel) * sink.channel_bytes;
+#pragma GCC unroll 32
+    for (int i = 0; i < P; ++i) sum[i] += load(residual + sink.at[i]);
+  }
   if (sink.relu) {
 #pragma GCC unroll 32
     for (int i = 0; i < P; ++i) sum[i] = relu(sum[i]);
@@ -73,12 +78,21 @@ SFX_INLINE void put(const Sink& sink, uint32_t channel, vf (&sum)[P]) {
   }
 }
 
+// The residual of a record, which put() will read.
+template <int P>
+SFX_INLINE void fetch(const Sink& sink, uint32_t channel) {
+  const char* residual = sink.residual + int64_t(channel) * sink.channel_bytes;
+#pragma GCC unroll 32
+  for (int i = 0; i < P; ++i) __builtin_prefetch(residual + sink.at[i]);
+}
+
 template <class T>
 void fma_kernel(const char* x, int64_t pitch, const Record* records, const Runs* runs, int64_t n,
                 const uint32_t* offset, const float* value, char* acc, bool first, const Sink* sink, Ahead& ahead) {
   constexpr int P = T::P;
   for (int64_t r = 0; r < n; ++r) {
     char* out = acc + int64_t(records[r].channel) * (P * VEC);
+    if (sink && sink->residual) fetch<P>(*sink, records[r].channel);
     vf sum[P];
 #pragma GCC unroll 32
     for (int i = 0; i < P; ++i) sum[i] = first ? vf{} : load(out + i * VEC);

@@ -70,6 +70,7 @@ struct Sink {
   int64_t channel_bytes;
   const int64_t* at;      // [vectors of a tile]: bytes from the start of the channel's tile
   const float* bias;      // from channel 0 of the block on, or null
+  const char* residual;   // what is added, laid out as the outputs, or null
   bool relu, past_caches;
 };
 
