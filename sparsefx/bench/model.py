@@ -13,7 +13,7 @@ from sparsefx.bench.breakdown import breakdown
 from sparsefx.bench.measure import Amortized, WindowTimes, amortize, interleaved, ms
 from sparsefx.bench.memory import activation_bytes, sparse_bytes
 from sparsefx.bench.settings import INTERVAL, Setting
-from sparsefx.bench.trainers import DENSE, HALF, Masks, Trainer, dense, sparse
+from sparsefx.bench.trainers import DENSE, HALF, Masks, Trainer, dense, sparse, stored
 
 PARTS = ("step", "inference", "memory", "breakdown", "epoch")
 Say = Callable[[str], None]
@@ -47,12 +47,14 @@ def bench_model(setting: Setting, request: Request, say: Say = print) -> dict[st
     Returns:
         Plain values; times in milliseconds, memory in bytes.
     """
-    trainers, failed = _dense_trainers(setting, request, say)
-    say("sparse: building and choosing backends")
-    outside = sparse(setting, request.batch, request.density, request.masks)
+    trainers, failed, memory_format = _dense_trainers(setting, request, say)
+    say(f"sparse: building and choosing backends, {memory_format} as the fastest dense one")
+    outside = sparse(setting, request.batch, request.density, request.masks, memory_format=memory_format)
     every = max(3, request.rounds // 3)
     moves = outside.scheduler.window.length > 0
-    inside = sparse(setting, request.batch, request.density, request.masks, window=every) if moves else None
+    inside = None
+    if moves:
+        inside = sparse(setting, request.batch, request.density, request.masks, every, memory_format)
     times = None if inside is None else WindowTimes(inside)
     for _ in range(2):
         outside.step()
@@ -79,6 +81,7 @@ def bench_model(setting: Setting, request: Request, say: Say = print) -> dict[st
         "dense": {name: ms(measured[name]) for name in trainers},
         "failed": failed,
         "best_dense": best,
+        "memory_format": memory_format,
         "sparse": {**average.to_dict(), "spread": ms(measured["sparse"])["spread"]},
         "ratio": 1e3 * statistics.median(measured[best]) / average.step,
         "ratio_without_window": 1e3 * statistics.median(measured[best]) / average.outside,
@@ -86,7 +89,7 @@ def bench_model(setting: Setting, request: Request, say: Say = print) -> dict[st
         "epoch_of_steps_ms": average.step * INTERVAL,
         "backends": _backends(outside),
     }
-    row.update(_more(setting, request, trainers, best, outside, inside, average, say))
+    row.update(_more(setting, request, trainers, best, memory_format, outside, inside, average, say))
     return row
 
 
@@ -95,6 +98,7 @@ def _more(
     request: Request,
     trainers: dict[str, Trainer],
     best: str,
+    memory_format: str,
     outside: Trainer,
     inside: Trainer | None,
     average: Amortized,
@@ -123,35 +127,39 @@ def _more(
         row["optimizer_share"] = parts.get("optimizer and masks", 0.0) / sum(parts.values())
     if "inference" in request.parts:
         row["inference"] = {
-            str(size): _inference(setting, size, trainers, outside, request.rounds, say) for size in (1, 128)
+            str(size): _inference(setting, size, trainers, outside, memory_format, request.rounds, say)
+            for size in (1, 128)
         }
     if "epoch" in request.parts:
-        row["epoch"] = _epoch(setting, request, trainers[best], say)
+        row["epoch"] = _epoch(setting, request, trainers[best], memory_format, say)
     return row
 
 
-def _dense_trainers(setting: Setting, request: Request, say: Say) -> tuple[dict[str, Trainer], dict[str, str]]:
-    """Warm dense trainers, and why the others cannot run."""
+def _dense_trainers(setting: Setting, request: Request, say: Say) -> tuple[dict[str, Trainer], dict[str, str], str]:
+    """Warm dense trainers, why the others cannot run, and the memory format of what looks like the fastest."""
     names = list(request.variants) or [
         name
         for name in (*DENSE, *HALF)
         if (request.compiled or "compiled" not in name) and (len(setting.image) == 3 or not name.startswith("nhwc"))
     ]
-    found, failed = {}, {}
+    found, failed, seconds = {}, {}, {}
     for name in names:
         say(f"dense: warming up {name}")
         try:
             trainer = dense(setting, request.batch, name)
             trainer.step()
+            start = time.perf_counter()
             trainer.step()
+            seconds[name] = time.perf_counter() - start
         except Exception as error:  # a baseline that torch cannot run must not end the benchmark
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             say(f"dense: {name} does not run ({failed[name]})")
             continue
         found[name] = trainer
-    if not any(name not in HALF for name in found):
+    fastest = min((name for name in found if name not in HALF), key=lambda name: seconds[name], default=None)
+    if fastest is None:
         raise RuntimeError(f"{setting.name}: expected a dense baseline that runs, got none ({failed})")
-    return found, failed
+    return found, failed, fastest.split()[0]
 
 
 def _after_update(trainer: Trainer) -> Trainer:
@@ -180,7 +188,13 @@ def _backends(trainer: Trainer) -> dict[str, dict[str, str]]:
 
 @torch.no_grad()
 def _inference(
-    setting: Setting, batch: int, trainers: dict[str, Trainer], ours: Trainer, rounds: int, say: Say
+    setting: Setting,
+    batch: int,
+    trainers: dict[str, Trainer],
+    ours: Trainer,
+    memory_format: str,
+    rounds: int,
+    say: Say,
 ) -> dict[str, Any]:
     """Milliseconds of a forward pass in eval mode."""
     say(f"inference, batch {batch}")
@@ -188,9 +202,7 @@ def _inference(
     calls: dict[str, Callable[[], Any]] = {}
     for name, trainer in {**trainers, "sparse": ours}.items():
         trainer.model.eval()
-        last = name.startswith("nhwc") and images.dim() == 4
-        own = images.contiguous(memory_format=torch.channels_last) if last else images
-        calls[name] = _Forward(trainer, own)
+        calls[name] = _Forward(trainer, stored(images, memory_format if name == "sparse" else name.split()[0]))
         try:
             calls[name]()
             calls[name]()
@@ -216,10 +228,10 @@ class _Forward:
             self.trainer.run(self.images)
 
 
-def _epoch(setting: Setting, request: Request, best: Trainer, say: Say) -> dict[str, float]:
+def _epoch(setting: Setting, request: Request, best: Trainer, memory_format: str, say: Say) -> dict[str, float]:
     """Milliseconds of `INTERVAL` real steps with their window, their update and the rebuilding after it, in turns."""
     say(f"an epoch of {INTERVAL} steps, dense and sparse in turns")
-    ours = sparse(setting, request.batch, request.density, request.masks)
+    ours = sparse(setting, request.batch, request.density, request.masks, memory_format=memory_format)
     ours.step()
     spent = {"dense": 0.0, "sparse": 0.0}
     done = 0

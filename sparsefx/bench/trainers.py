@@ -82,21 +82,34 @@ def dense(setting: Setting, batch: int, variant: str) -> Trainer:
     """A dense trainer; `variant` is one of `DENSE` or `HALF`."""
     torch.manual_seed(0)
     memory_format, *rest = variant.split()
-    model = setting.make()
+    model = _stored(setting.make(), memory_format)
     images, labels = setting.data(batch)
-    if images.dim() == 4:
-        model = model.to(memory_format=FORMATS[memory_format])  # pyright: ignore[reportCallIssue]
-        images = images.contiguous(memory_format=FORMATS[memory_format])
+    images = stored(images, memory_format)
     run = torch.compile(model) if "compiled" in rest else None
     return Trainer(model, (images, labels), run=run, half="bf16" in rest)
 
 
+def stored(images: Tensor, memory_format: str) -> Tensor:
+    """`images` in one of `FORMATS`; rows of features as they are."""
+    return images.contiguous(memory_format=FORMATS[memory_format]) if images.dim() == 4 else images
+
+
+def _stored(model: nn.Module, memory_format: str) -> nn.Module:
+    return model.to(memory_format=FORMATS[memory_format])  # pyright: ignore[reportCallIssue]
+
+
 def sparse_model(
-    setting: Setting, density: float, masks: Masks, images: Tensor, window: int | None = None
+    setting: Setting,
+    density: float,
+    masks: Masks,
+    images: Tensor,
+    window: int | None = None,
+    memory_format: str = "nchw",
 ) -> nn.Module:
     """A sparsified network.
 
     Args:
+        images: Stored in `memory_format`, one of `FORMATS`, as the weights are.
         window: Length of the window of the dense gradient; the momentum's memory if None.
     """
     torch.manual_seed(0)
@@ -105,7 +118,7 @@ def sparse_model(
         state = load(masks.checkpoint)["state_dict"]
         density = density_of(state, masks.checkpoint)
     model = sparsify(
-        setting.make(),
+        _stored(setting.make(), memory_format),
         density,
         example_inputs=images if state is None else None,
         scheduler=SparseMomentum(dense_grad_window=window or "auto"),
@@ -116,15 +129,24 @@ def sparse_model(
     return model
 
 
-def sparse(setting: Setting, batch: int, density: float, masks: Masks, window: int | None = None) -> Trainer:
+def sparse(
+    setting: Setting,
+    batch: int,
+    density: float,
+    masks: Masks,
+    window: int | None = None,
+    memory_format: str = "nchw",
+) -> Trainer:
     """A sparse trainer.
 
     Args:
+        memory_format: Of weights and images, one of `FORMATS`.
         window: None trains as in the paper, an update every `INTERVAL` steps, of which the first are outside the
             window; a number trains inside the window all the time, with an update every so many steps.
     """
     images, labels = setting.data(batch)
-    trainer = Trainer(sparse_model(setting, density, masks, images, window), (images, labels))
+    images = stored(images, memory_format)
+    trainer = Trainer(sparse_model(setting, density, masks, images, window, memory_format), (images, labels))
     interval = window or INTERVAL
     trainer.scheduler.attach(trainer.optimizer, steps_per_update=interval, total_steps=1000 * interval)
     return trainer

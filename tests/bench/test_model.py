@@ -71,6 +71,24 @@ def test_a_baseline_that_fails_is_named_and_left_out(monkeypatch):
     assert row["best_dense"] == "nchw"
 
 
+@pytest.mark.parametrize("variant", ["nchw", "nhwc"])
+def test_the_sparse_network_is_stored_as_the_fastest_dense_one(variant, monkeypatch):
+    made = []
+    real = trainers.sparse
+
+    def note(*args, **kwargs):
+        made.append(real(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr("sparsefx.bench.model.sparse", note)
+    row = bench_model(TINY, Request(16, 0.1, rounds=3, parts=("step",), variants=(variant,)), lambda _: None)
+    assert row["memory_format"] == variant
+    for trainer in made:
+        for tensor in (trainer.images, trainer.model[3].weight):
+            assert tensor.is_contiguous(memory_format=trainers.FORMATS[variant])
+    assert len(made) == 2
+
+
 def test_masks_of_columns_and_of_a_checkpoint(tmp_path, monkeypatch):
     images, _ = TINY.data(4)
     model = trainers.sparse_model(TINY, 0.2, Masks(rows=4), images)
