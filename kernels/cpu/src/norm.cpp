@@ -1,5 +1,5 @@
 // BatchNorm, an optional residual and an optional ReLU on blocked activations, a channel at a time, so that every pass
-// after the first reads from L2. Statistics are two-pass, with partial sums in double.
+// after the first reads from L2 what fits there. Partial sums are kept in double.
 #include <algorithm>
 #include <cmath>
 
@@ -10,7 +10,7 @@
 namespace sfx {
 namespace {
 
-constexpr int64_t FLUSH = 128;  // lines summed in fp32 before they join the double
+constexpr int64_t FLUSH = 128;  // lines summed in fp32 before they join the double; they stay in L1
 
 struct Channel {  // one channel of [blocks, channels, pixels, 16]
   int64_t images, channels, pixels, index;
@@ -19,35 +19,63 @@ struct Channel {  // one channel of [blocks, channels, pixels, 16]
   double count() const { return double(images) * double(pixels); }
 };
 
-// Calls visit(offset, v, sums) for every native vector (v-th of its line) and returns the sums over existing lanes.
-template <int N, class Visit>
-void reduce(const Channel& c, double (&total)[N], Visit visit) {
-  std::fill(total, total + N, 0.0);
-  const LaneMask tail(c.images % BLOCK ? c.images % BLOCK : BLOCK), all(BLOCK);
+// Calls visit(first, lines, mask, lanes) for runs of at most FLUSH lines of `lanes` existing lanes each.
+template <class Visit>
+void each_run(const Channel& c, Visit visit) {
+  const int64_t rest = c.images % BLOCK ? c.images % BLOCK : BLOCK;
+  const LaneMask tail(rest), all(BLOCK);
   for (int64_t b = 0; b < c.blocks(); ++b) {
-    const LaneMask& mask = b + 1 == c.blocks() ? tail : all;
-    for (int64_t p0 = 0; p0 < c.pixels; p0 += FLUSH) {
-      vf sums[N][VECS] = {};
-      const int64_t end = std::min(c.pixels, p0 + FLUSH), base = c.at(b);
-      for (int64_t p = p0; p < end; ++p)
-        for (int v = 0; v < VECS; ++v) {
-          vf term[N];
-          visit(base + p * BLOCK + v * LANES, term);
-          for (int n = 0; n < N; ++n) sums[n][v] += term[n];
-        }
-      for (int n = 0; n < N; ++n)
-        for (int v = 0; v < VECS; ++v) {
-          const vf kept = mask.apply(sums[n][v], v);
-          for (int i = 0; i < LANES; ++i) total[n] += kept[i];
-        }
-    }
+    const bool last = b + 1 == c.blocks();
+    for (int64_t p = 0; p < c.pixels; p += FLUSH)
+      visit(c.at(b) + p * BLOCK, std::min(FLUSH, c.pixels - p), last ? tail : all, last ? rest : BLOCK);
   }
 }
 
+// Sums over a run's existing lanes of what visit(offset, terms) says of every native vector.
+template <int N, class Visit>
+void sum_run(int64_t first, int64_t lines, const LaneMask& mask, double (&total)[N], Visit visit) {
+  vf sums[N][VECS] = {};
+  for (int64_t p = 0; p < lines; ++p)
+    for (int v = 0; v < VECS; ++v) {
+      vf term[N];
+      visit(first + p * BLOCK + v * LANES, term);
+      for (int n = 0; n < N; ++n) sums[n][v] += term[n];
+    }
+  for (int n = 0; n < N; ++n)
+    for (int v = 0; v < VECS; ++v) {
+      const vf kept = mask.apply(sums[n][v], v);
+      for (int i = 0; i < LANES; ++i) total[n] += kept[i];
+    }
+}
+
+// Mean and sum of squared deviations, two passes over each run and one over memory; runs are joined as in Chan, Golub
+// and LeVeque 1983, "Algorithms for computing the sample variance".
+template <class T>
+void moments(const T* x, const Channel& c, double* mean, double* squares) {
+  double n = 0;
+  *mean = *squares = 0;
+  each_run(c, [&](int64_t first, int64_t lines, const LaneMask& mask, int64_t lanes) {
+    const double count = double(lines) * double(lanes);
+    double sum[1] = {0}, spread[1] = {0};
+    sum_run(first, lines, mask, sum, [&](int64_t k, vf* t) { t[0] = load_as_float(x + k); });
+    const double own = sum[0] / count, apart = own - *mean, total = n + count;
+    const vf center = splat(float(own));
+    sum_run(first, lines, mask, spread, [&](int64_t k, vf* t) {
+      const vf d = load_as_float(x + k) - center;
+      t[0] = d * d;
+    });
+    const double off = own - double(float(own));
+    *mean += apart * count / total;
+    *squares += std::max(0.0, spread[0] - count * off * off) + apart * apart * n * count / total;
+    n = total;
+  });
+}
+
+// From the last block to the first: of a channel that was just read and does not fit L2, that is what is left there.
 template <class Visit>
 void each(const Channel& c, Visit visit) {
   const LaneMask tail(c.images % BLOCK ? c.images % BLOCK : BLOCK), all(BLOCK);
-  for (int64_t b = 0; b < c.blocks(); ++b) {
+  for (int64_t b = c.blocks() - 1; b >= 0; --b) {
     const LaneMask& mask = b + 1 == c.blocks() ? tail : all;
     for (int64_t p = 0; p < c.pixels; ++p)
       for (int v = 0; v < VECS; ++v) visit(c.at(b) + p * BLOCK + v * LANES, mask, v);
@@ -67,16 +95,9 @@ void forward(const SfxNorm& a, Channel c) {
   const T* residual = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
   if (a.training) {
-    double sum[1], squares[1];
-    reduce(c, sum, [&](int64_t k, vf* t) { t[0] = load_as_float(x + k); });
-    const double mean = sum[0] / c.count();
-    const vf center = splat(float(mean));
-    reduce(c, squares, [&](int64_t k, vf* t) {
-      const vf d = load_as_float(x + k) - center;
-      t[0] = d * d;
-    });
-    const double off = mean - double(float(mean));
-    const double var = std::max(0.0, squares[0] / c.count() - off * off);
+    double mean, squares;
+    moments(x, c, &mean, &squares);
+    const double var = squares / c.count();
     a.mean[c.index] = float(mean);
     a.var[c.index] = float(var);
     a.rstd[c.index] = float(1.0 / std::sqrt(var + a.eps));
@@ -107,10 +128,12 @@ void backward(const SfxNorm& a, Channel c) {
     const vf out = y ? load_as_float(y + k) : affine(load_as_float(x + k));
     return out <= 0.0f ? vf{} : value;
   };
-  double sums[2];
-  reduce(c, sums, [&](int64_t k, vf* t) {
-    t[0] = passed(k);
-    t[1] = t[0] * (load_as_float(x + k) - affine.mean);
+  double sums[2] = {0, 0};
+  each_run(c, [&](int64_t first, int64_t lines, const LaneMask& mask, int64_t) {
+    sum_run(first, lines, mask, sums, [&](int64_t k, vf* t) {
+      t[0] = passed(k);
+      t[1] = t[0] * (load_as_float(x + k) - affine.mean);
+    });
   });
   const double rstd = a.rstd[c.index];
   a.dbias[c.index] = float(sums[0]);
