@@ -5,10 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparsefx.kernels import blocked
+from sparsefx.kernels import blocked, ops
 from sparsefx.kernels.cpu import Pool
+from sparsefx.kernels.runtime import Runtime
+from sparsefx.kernels.sparse_cpu import SparseCpu
+from sparsefx.kernels.spec import ConvSpec
+from tests.kernels.cpu.helpers import error
 
 OPS = torch.ops.sparsefx
+SPEC = ConvSpec([1, 1], [1, 1], [1, 1], False, [0, 0], 1, 16)
 X = torch.randn(5, 3, 6, 7, generator=torch.Generator().manual_seed(0))
 STATS = torch.rand(3) + 0.5, torch.randn(3), torch.randn(3), torch.rand(3) + 0.5
 
@@ -68,3 +73,29 @@ def test_a_chain_equals_torch(compiled):
 def test_channels_last_comes_back_as_asked():
     assert blocked.leave(blocked.enter(X), 5, True).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(blocked.leave(blocked.enter(X), 5, False), X)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_residual_joins_the_convolution(sparse, wide):
+    """Whichever backend runs, and where the residual is wider than what the layer computes."""
+    runtime = Runtime("layer")
+    mask = torch.rand(6, 4, 3, 3) < 0.3
+    if sparse:
+        backend = SparseCpu(mask, SPEC)
+        runtime.choose = lambda *_: backend
+    dtype = torch.bfloat16 if wide else torch.float32
+    x, weight = torch.randn(1, 4, 5, 5, 16).to(dtype), (torch.randn(mask.shape) * mask).to(dtype)
+    residual = torch.randn(1, 6, 5, 5, 16)
+    grad = torch.randn(residual.shape).to(dtype)
+    results = []
+    for joined in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, residual)]
+        if joined:
+            out = ops.conv(*leaves[:2], None, mask, runtime.handle, SPEC, residual=leaves[2])
+        else:
+            out = ops.conv(*leaves[:2], None, mask, runtime.handle, SPEC).add(leaves[2].to(dtype))
+        results.append((out, *torch.autograd.grad(out, leaves, grad)))
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        assert error(one, other.double()) < (1e-2 if wide else 1e-6)

@@ -56,17 +56,18 @@ void moments(const T* x, const Channel& c, double* mean, double* squares) {
   *mean = *squares = 0;
   each_run(c, [&](int64_t first, int64_t lines, const LaneMask& mask, int64_t lanes) {
     const double count = double(lines) * double(lanes);
-    double sum[1] = {0}, spread[1] = {0};
+    double sum[1] = {0}, from_center[2] = {0, 0};
     sum_run(first, lines, mask, sum, [&](int64_t k, vf* t) { t[0] = load_as_float(x + k); });
-    const double own = sum[0] / count, apart = own - *mean, total = n + count;
-    const vf center = splat(float(own));
-    sum_run(first, lines, mask, spread, [&](int64_t k, vf* t) {
-      const vf d = load_as_float(x + k) - center;
-      t[0] = d * d;
+    const float near = float(sum[0] / count);
+    const vf center = splat(near);
+    sum_run(first, lines, mask, from_center, [&](int64_t k, vf* t) {
+      t[0] = load_as_float(x + k) - center;
+      t[1] = t[0] * t[0];
     });
-    const double off = own - double(float(own));
+    const double off = from_center[0] / count;  // what rounding left of the first sum
+    const double apart = double(near) + off - *mean, total = n + count;
     *mean += apart * count / total;
-    *squares += std::max(0.0, spread[0] - count * off * off) + apart * apart * n * count / total;
+    *squares += std::max(0.0, from_center[1] - count * off * off) + apart * apart * n * count / total;
     n = total;
   });
 }

@@ -131,6 +131,36 @@ def test_relu_epilogue_clamps():
     assert error(images_of(out)[: x.shape[0]], y.relu()) < 1e-5
 
 
+@pytest.mark.parametrize("chunk", [3, 16])
+@pytest.mark.parametrize(("rows", "columns", "batch"), [(2, 4, 1), (1, 4, 2), (3, 5, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_residual_and_relu_follow_the_sum(dtype, rows, columns, batch, chunk):
+    """In tiles that are written from registers and in those that stick out of the output."""
+    case = (35, 16, 24, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.1)
+    plan, _, w, x, b, _, y, _, _ = _layer(case, dtype)
+    p, n = plan(None), x.shape[0]
+    p.tune("fprop", Tiling(rows, columns, batch, 1, 1, chunk, 9))
+    residual = torch.randn(y.shape).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for relu in (False, True):
+        exact = y + residual.double()
+        out = images_of(p.fprop(blocked(x), w, b, images=n, residual=blocked(residual), relu=relu))
+        assert error(out[:n], exact.relu() if relu else exact) < tolerance
+        assert not out[n:].any()
+        without_bias = images_of(p.fprop(blocked(x), w, images=n, residual=blocked(residual), relu=relu))
+        exact = exact - b.double().view(-1, 1, 1)
+        assert error(without_bias[:n], exact.relu() if relu else exact) < tolerance
+        assert not without_bias[n:].any()
+
+
+def test_outputs_too_large_for_caches_are_whole():
+    case = (64, 4, 48, (36, 36), (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.2)
+    plan, _, w, x, b, g, y, dx, _ = _layer(case)
+    assert y.numel() * 4 > 12 << 20
+    assert error(images_of(plan(None).fprop(blocked(x), w, b)), y) < 1e-5
+    assert error(images_of(plan(None).dgrad(blocked(g), w, (36, 36))), dx) < 1e-5
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_thread_count_is_read_at_each_call(threads):
     plan, _, w, x, b, g, y, dx, dw = _layer(CASES["plain"])
@@ -186,6 +216,8 @@ def test_large_activations_are_addressed_in_64_bits():
         (lambda p, x, w: p.fprop(x, w, torch.zeros(3)), "bias"),
         (lambda p, x, w: p.dgrad(x, w, (8, 8)), "expected"),
         (lambda p, x, w: p.fprop(x, w, images=40), "expected"),
+        (lambda p, x, w: p.fprop(x, w, residual=x), "residual: expected .*24"),
+        (lambda p, x, w: p.fprop(x, w, residual=x.bfloat16()), "residual: expected a contiguous"),
     ],
 )
 def test_wrong_arguments_raise(call, message):
