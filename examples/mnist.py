@@ -103,6 +103,8 @@ def train(args: argparse.Namespace, seed: int, data: tuple[Tensor, ...]) -> dict
         if lost == PATIENCE or not math.isfinite(loss.item()):  # pyright: ignore[reportPossiblyUnboundVariable]
             diverged = epoch + 1
             break
+    if args.save:
+        torch.save({"model": args.model, "state_dict": model.state_dict()}, args.save)
     return {
         "model": args.model,
         "density": args.density,
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of torchvision's MNIST")
     parser.add_argument("--no-download", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("results/mnist.json"))
+    parser.add_argument("--save", type=Path, help="write the last seed's weights and masks here, for `bench --trained`")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--report", action="store_true", help="print the table of the results file and stop")
     args = parser.parse_args()

@@ -86,7 +86,7 @@ class SparseCpu:
             values = self.conv.wgrad_values(grad.contiguous(), x, images=spec.images, prologue=prologue)
         else:
             values = self.conv.wgrad_values(to_blocked(grad), to_blocked(x), images=x.shape[0])
-        return self.conv.scatter(values, weight.dtype)
+        return self.conv.scatter(values, weight.dtype, channels_last=is_channels_last(weight))
 
 
 def _rows(x: Tensor) -> Tensor:

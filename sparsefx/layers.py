@@ -17,7 +17,7 @@ from sparsefx.errors import CheckpointError, LayerError, MaskError
 from sparsefx.kernels import ops
 from sparsefx.kernels.masking import masked_
 from sparsefx.kernels.runtime import Runtime
-from sparsefx.kernels.spec import ConvSpec
+from sparsefx.kernels.spec import ConvSpec, is_channels_last
 from sparsefx.shards import is_sharded, part, part_like, shared_like, whole
 
 MASK = "weight_mask"
@@ -341,6 +341,8 @@ def convert_(layer: nn.Module, mask: Tensor, runtime: Runtime, *, full: bool = F
             raise LayerError(f"{runtime.name}: expected no attribute {name!r}, got one; rename it")
     layer.__class__ = SPARSE[type(layer)]
     assert isinstance(layer, SparseLayer)
+    if is_channels_last(layer.weight):  # kernels walk weight, gradient and mask side by side
+        mask = mask.contiguous(memory_format=torch.channels_last)
     layer.register_buffer(MASK, mask)
     layer.__dict__.update(_runtime=runtime, _full=full)
     layer._bind()

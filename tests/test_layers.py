@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import sparsefx
 from sparsefx.errors import CheckpointError, MaskError
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.layers import SPARSE, convert_, revert_, sparse_layers
@@ -175,3 +176,14 @@ def test_operators_pass_opcheck():
             extra = [1, 1] if transposed else [0, 0]
             geometry = (list(sparse.stride), list(sparse.padding), list(sparse.dilation), transposed, extra, 1, 0)
             torch.library.opcheck(torch.ops.sparsefx.conv.default, (*args, *geometry))
+
+
+def test_masks_lie_in_memory_as_their_weights():
+    """Side by side, kernels walk them in one pass; so does a gradient."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).to(memory_format=torch.channels_last)
+    model = sparsefx.sparsify(net, 0.3)
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    model(x).sum().backward()
+    for layer in model:
+        assert layer.weight_mask.stride() == layer.weight.stride() == layer.weight.grad.stride()
+        assert layer.weight_mask.stride()[1] == 1

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsefx.kernels.spec import is_channels_last
+
 from .abi import DTYPES, check, empty, load, pointer, require
 
 PASSES = {"fprop": 0, "dgrad": 1, "wgrad": 2, "infer": 3}
@@ -59,25 +61,30 @@ class LayerPlan:
             if weight.numel() != self.nnz:
                 raise ValueError(f"values: expected {self.nnz}, got {weight.numel()}; collect them with this plan")
             return weight
-        weight = weight.detach().contiguous()
-        require("weight", weight)
+        weight, last = weight.detach(), is_channels_last(weight)
+        weight = weight if last else weight.contiguous()
+        require("weight", weight.permute(0, 2, 3, 1) if last else weight)
         if weight.numel() != torch.Size(self.mask_shape).numel():
             raise ValueError(
                 f"weight: expected {self.mask_shape}, got {tuple(weight.shape)}; make a plan from this layer's mask"
             )
         values = torch.empty(self.nnz, dtype=torch.float32)
         status = self._lib.sfx_layer_collect(
-            self._handle, DTYPES[weight.dtype], pointer(weight), pointer(values), torch.get_num_threads()
+            self._handle, DTYPES[weight.dtype], last, pointer(weight), pointer(values), torch.get_num_threads()
         )
         check(self._lib, status)
         return values
 
-    def scatter(self, values: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def scatter(
+        self, values: torch.Tensor, dtype: torch.dtype = torch.float32, *, channels_last: bool = False
+    ) -> torch.Tensor:
         """A dense tensor of the mask's shape holding `values` `[nnz]` where weights exist and zero elsewhere."""
         require("values", values, dtype=torch.float32, dims=1)
         dense = empty(self._lib, self.mask_shape, dtype)
+        if channels_last:
+            dense = dense.view(*(self.mask_shape[k] for k in (0, 2, 3, 1))).permute(0, 3, 1, 2)
         status = self._lib.sfx_layer_scatter(
-            self._handle, DTYPES[dtype], pointer(values), pointer(dense), torch.get_num_threads()
+            self._handle, DTYPES[dtype], channels_last, pointer(values), pointer(dense), torch.get_num_threads()
         )
         check(self._lib, status)
         return dense

@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import sparsefx
 from examples import mnist
+from sparsefx.bench import SETTINGS as BENCHED
+from sparsefx.bench import Masks
+from sparsefx.bench.trainers import sparse_model
 
 SETTINGS = {
     "model": "lenet300",
@@ -17,6 +21,7 @@ SETTINGS = {
     "window": "auto",
     "clip": None,
     "batch": 20,
+    "save": None,
     "quiet": True,
 }
 
@@ -37,6 +42,17 @@ def test_two_epochs_learn_the_synthetic_digits(model: str, density: float) -> No
     row = mnist.train(settings(model=model, density=density), 0, (*synthetic(800), *synthetic(200)))
     assert row["test_error"] < 5
     assert row["density"] == density
+
+
+def test_a_saved_network_can_be_timed(tmp_path: Path) -> None:
+    path = tmp_path / "lenet300.pt"
+    mnist.train(settings(epochs=1, save=path), 0, (*synthetic(400), *synthetic(100)))
+    setting, masks = BENCHED["lenet300"], Masks(checkpoint=path)
+    model = sparse_model(setting, 1.0, masks, setting.data(4)[0])
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    for name, mask in sparsefx.masks(model).items():
+        assert torch.equal(mask, saved[f"{name}_mask"])
+        assert torch.equal(model.get_parameter(name), saved[name])
 
 
 def test_same_seed_same_result() -> None:

@@ -19,8 +19,8 @@ int sfx_layer_tiling(void* layer, int kind, int64_t h, int64_t w, int64_t images
                      double* build_ms);
 
 // Dense weight to values, and values to a dense gradient that is zero elsewhere.
-int sfx_layer_collect(void* layer, int dtype, const void* weight, float* values, int threads);
-int sfx_layer_scatter(void* layer, int dtype, const float* values, void* dense, int threads);
+int sfx_layer_collect(void* layer, int dtype, int channels_last, const void* weight, float* values, int threads);
+int sfx_layer_scatter(void* layer, int dtype, int channels_last, const float* values, void* dense, int threads);
 
 // What a convolution or pooling does to each element of its input as it reads it, [channels] each:
 // (x - mean) * scale + shift, then a ReLU where `relu`. Lanes without an image stay zero.

@@ -28,21 +28,21 @@ int64_t blocks_of(int64_t images) { return (images + BLOCK - 1) / BLOCK; }
 
 // values[e] = weight of existing weight e, in Pattern order.
 template <class T>
-void collect(const Pattern& p, const T* weight, float* values, int threads) {
+void collect(const Pattern& p, const uint32_t* column, const T* weight, float* values, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && p.nnz() > 20000) schedule(static)
   for (int64_t o = 0; o < p.shape.out; ++o)
     for (uint32_t e = p.row[o]; e < p.row[o + 1]; ++e)
-      values[e] = to_float(weight[o * p.row_size() + p.column[e]]);
+      values[e] = to_float(weight[o * p.row_size() + column[e]]);
 }
 
 // The dense gradient: zero where no weight exists.
 template <class T>
-void scatter(const Pattern& p, const float* values, T* dense, int threads) {
+void scatter(const Pattern& p, const uint32_t* column, const float* values, T* dense, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t o = 0; o < p.shape.out; ++o) {
     T* row = dense + o * p.row_size();
     std::memset(static_cast<void*>(row), 0, p.row_size() * sizeof(T));
-    for (uint32_t e = p.row[o]; e < p.row[o + 1]; ++e) row[p.column[e]] = from_float<T>(values[e]);
+    for (uint32_t e = p.row[o]; e < p.row[o + 1]; ++e) row[column[e]] = from_float<T>(values[e]);
   }
 }
 
@@ -148,19 +148,21 @@ int sfx_layer_tiling(void* handle, int kind, int64_t h, int64_t w, int64_t image
   });
 }
 
-int sfx_layer_collect(void* handle, int dtype, const void* weight, float* values, int threads) {
-  const Pattern& p = static_cast<Layer*>(handle)->pattern;
+int sfx_layer_collect(void* handle, int dtype, int channels_last, const void* weight, float* values, int threads) {
+  Layer& layer = *static_cast<Layer*>(handle);
   return guarded([&] {
-    dtype ? collect(p, static_cast<const bf16*>(weight), values, team(threads))
-          : collect(p, static_cast<const float*>(weight), values, team(threads));
+    const uint32_t* column = layer.columns(channels_last);
+    dtype ? collect(layer.pattern, column, static_cast<const bf16*>(weight), values, team(threads))
+          : collect(layer.pattern, column, static_cast<const float*>(weight), values, team(threads));
   });
 }
 
-int sfx_layer_scatter(void* handle, int dtype, const float* values, void* dense, int threads) {
-  const Pattern& p = static_cast<Layer*>(handle)->pattern;
+int sfx_layer_scatter(void* handle, int dtype, int channels_last, const float* values, void* dense, int threads) {
+  Layer& layer = *static_cast<Layer*>(handle);
   return guarded([&] {
-    dtype ? scatter(p, values, static_cast<bf16*>(dense), team(threads))
-          : scatter(p, values, static_cast<float*>(dense), team(threads));
+    const uint32_t* column = layer.columns(channels_last);
+    dtype ? scatter(layer.pattern, column, values, static_cast<bf16*>(dense), team(threads))
+          : scatter(layer.pattern, column, values, static_cast<float*>(dense), team(threads));
   });
 }
 

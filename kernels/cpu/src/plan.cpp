@@ -67,7 +67,8 @@ Footprint footprint(Pitches& y, Pitches& x, const Tiling& t) {
 double load_cycles(double bytes) {
   constexpr struct {
     double bytes, cycles;
-  } MEASURED[] = {{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35}, {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}};
+  } MEASURED[] = {{26 << 10, 0.5},  {64 << 10, 1.0},  {128 << 10, 1.2}, {256 << 10, 1.35},
+                  {512 << 10, 1.6}, {1 << 20, 2.4},   {4 << 20, 5.0}};
   if (bytes <= MEASURED[0].bytes) return MEASURED[0].cycles;
   for (size_t i = 1; i < std::size(MEASURED); ++i) {
     const auto [low, below] = MEASURED[i - 1];
@@ -92,7 +93,8 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   tile *= double(s.entries);
   tile += records * (25 + vectors * (s.kind == WGRAD ? 1.0 : 1.6) * acc);
   if (s.kind != WGRAD) {  // the last record of an output in a whole tile neither stores nor unpacks its sums
-    const double whole = double(y.count() / t.rows * t.rows * (x.count() / t.cols) * t.cols) / double(y.count() * x.count());
+    const int64_t inside = y.count() / t.rows * t.rows * (x.count() / t.cols * t.cols);
+    const double whole = double(inside) / double(y.count() * x.count());
     tile -= whole * double(s.outputs) * vectors * (1.6 * acc * (chunks > 1 ? 0.5 : 1) + acc);
   }
   if (f.clipped) tile += records * CLASSES * (1 - std::exp(-per_cell / CLASSES)) * 15;
@@ -260,6 +262,16 @@ std::shared_ptr<const PassPlan> make_pass(const Pattern& pattern, PassKind kind,
     }
   pass->build_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   return pass;
+}
+
+const uint32_t* Layer::columns(bool last) {
+  if (!last) return pattern.column.data();
+  std::lock_guard<std::mutex> lock(mutex);
+  if (channels_last.empty()) {
+    const int64_t taps = pattern.shape.taps(), inputs = pattern.shape.in / pattern.shape.groups;
+    for (uint32_t column : pattern.column) channels_last.push_back(uint32_t(column % taps * inputs + column / taps));
+  }
+  return channels_last.data();
 }
 
 std::shared_ptr<const PassPlan> Layer::pass(PassKind kind, int64_t h, int64_t w, int64_t blocks, int threads) {

