@@ -84,7 +84,9 @@ class ConvPlan(LayerPlan):
         if residual is not None:
             require("residual", residual, dtype=x.dtype)
             if residual.shape != out.shape:
-                raise ValueError(f"residual: expected {tuple(out.shape)}, got {tuple(residual.shape)}")
+                raise ValueError(
+                    f"residual: expected {tuple(out.shape)}, got {tuple(residual.shape)}; pass one of that shape"
+                )
         self._gather("fprop", x, h, w, weight, bias, images, relu, out, prologue, residual)
         return out
 
