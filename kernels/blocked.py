@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsefx.kernels import chwn
 from sparsefx.kernels.cpu.abi import BLOCK
-from sparsefx.kernels.cpu.dense_wgrad import dense_wgrad, products_pay
+from sparsefx.kernels.cpu.dense_wgrad import dense_wgrad, outer_products_pay
 from sparsefx.kernels.cpu.layout import from_blocked, to_blocked
 from sparsefx.kernels.cpu.norm import apply_prologue, batch_norm_backward, batch_norm_forward
 from sparsefx.kernels.cpu.pool import Pool, max_pool_backward, max_pool_forward
@@ -405,13 +405,13 @@ class ConvertedDense(Converted):
 
     def dense_wgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Gradient of all weights, as if none were missing."""
-        if _as_products(spec, x, weight):
+        if _as_outer_products(spec, x, weight):
             return _dense_wgrad(spec, grad, x, weight)
         return self.backend.dense_wgrad(_plain(spec), _leave(spec, grad), _leave(spec, x), weight)
 
     def both(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Input gradient and dense weight gradient in one call."""
-        if _as_products(spec, x, weight):
+        if _as_outer_products(spec, x, weight):
             return self.dgrad(spec, grad, x, weight), _dense_wgrad(spec, grad, x, weight)
         for_input, for_weight = self.backend.both(_plain(spec), _leave(spec, grad), _leave(spec, x), weight)
         return enter(for_input), for_weight
@@ -420,19 +420,16 @@ class ConvertedDense(Converted):
 CONVERTED_DENSE = ConvertedDense()
 
 
-def _as_products(spec: ConvSpec | None, x: Tensor, weight: Tensor) -> bool:
+def _as_outer_products(spec: ConvSpec | None, x: Tensor, weight: Tensor) -> bool:
     """Whether the dense weight gradient is taken on the blocked activations themselves."""
     blocked = is_blocked(x.device) and x.dim() == 5 and x.dtype == torch.float32
-    return blocked and not torch.is_grad_enabled() and products_pay(weight, _plain(spec).groups)
+    return blocked and not torch.is_grad_enabled() and outer_products_pay(weight, _plain(spec).groups)
 
 
 def _dense_wgrad(spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     plain = _plain(spec)
-    kernel, stride, padding, dilation = (
-        (a, b) for a, b in (weight.shape[2:], plain.stride, plain.padding, plain.dilation)
-    )
-    dense = dense_wgrad(grad.contiguous(), x.contiguous(), kernel, stride, padding, dilation, plain.groups)
-    return dense.contiguous(memory_format=_FORMATS[is_channels_last(weight)])
+    stride, padding, dilation = ((a, b) for a, b in (plain.stride, plain.padding, plain.dilation))
+    return dense_wgrad(grad.contiguous(), x.contiguous(), weight, stride, padding, dilation, plain.groups)
 
 
 def _plain(spec: ConvSpec | None) -> ConvSpec:

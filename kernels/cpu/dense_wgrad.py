@@ -1,75 +1,62 @@
-"""The dense weight gradient of a convolution on blocked activations, as matrix products of the vendor's library."""
+"""The dense weight gradient of a convolution on blocked activations."""
 
 import ctypes
 
 import torch
 
-from .abi import BLOCK, empty, load, pointer, require
+from sparsefx.kernels.spec import is_channels_last
 
-DEPTH = 2048
-"""Output positions times images that a product sums over, about."""
-COLUMN_BYTES = 16 << 20
-"""Of the input spread out by taps, at a time."""
-FEW_CHANNELS = 160
-"""With fewer, spreading the input out costs more than products gain over the vendor's convolution; 1x1 apart."""
+from .abi import BLOCK, check, load, pointer, require
+
+FEW_OUTPUTS = 16
+"""A group with fewer leaves lanes, which are output channels, empty."""
 
 
-class _Columns(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("channels", "h", "w", "out_w")),
-        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "pad", "dilation")),
-        *((name, ctypes.c_int64) for name in ("channel", "n", "block", "blocks", "row", "rows")),
-    ]
-
-
-def products_pay(weight: torch.Tensor, groups: int) -> bool:
-    """Whether products are the faster way for a weight `[O, I / groups, R, S]`."""
-    return weight.shape[2:].numel() == 1 or min(weight.shape[0] // groups, weight.shape[1]) >= FEW_CHANNELS
+def outer_products_pay(weight: torch.Tensor, groups: int) -> bool:
+    """Whether this kernel is the faster way for a weight `[O, I / groups, R, S]`, else the vendor's convolution."""
+    return weight.shape[0] // groups >= FEW_OUTPUTS
 
 
 def dense_wgrad(
     grad: torch.Tensor,
     x: torch.Tensor,
-    kernel: tuple[int, int],
+    weight: torch.Tensor,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int = 1,
+    isa: str | None = None,
 ) -> torch.Tensor:
     """Gradient of all weights of a convolution, as if none were missing.
 
     Args:
         grad: `[B, O, H', W', 16]` fp32.
-        x: `[B, I, H, W, 16]` fp32; lanes without an image are zero in both.
+        x: `[B, I, H, W, 16]` fp32; lanes without an image are zero in one of the two.
+        weight: `[O, I / groups, R, S]`, of which only the shape and memory format are read.
+        isa: "avx512", "avx2" or "portable"; the best of this processor if None.
     Returns:
-        `[O, I / groups, *kernel]`.
+        fp32, in the shape and memory format of `weight`.
+    Raises:
+        ValueError: the shapes do not fit each other.
     """
     require("grad", grad, dtype=torch.float32, dims=5)
     require("x", x, dtype=torch.float32, dims=5)
-    lib, threads = load(), torch.get_num_threads()
-    all_blocks, outs, out_h, out_w, _ = grad.shape
-    channels, h, w = x.shape[1:4]
-    taps, per_group = kernel[0] * kernel[1], channels // groups
-    row_depth = out_w * BLOCK
-    rows = max(1, min(out_h, DEPTH // row_depth))
-    blocks = max(1, min(all_blocks, DEPTH // (out_h * row_depth)))
-    width = max(1, min(per_group, COLUMN_BYTES // (4 * taps * blocks * rows * row_depth)))
-    columns = empty(lib, (width * taps * blocks * rows * row_depth,), torch.float32)
-    out = empty(lib, (outs, per_group, *kernel), torch.float32)
-    matrices = out.view(groups, outs // groups, per_group * taps)
-    for block in range(0, all_blocks, blocks):
-        for row in range(0, out_h, rows):
-            part = grad[block : block + blocks, :, row : row + rows]
-            beta = 1 if block or row else 0
-            for group, own in enumerate(part.split(outs // groups, 1)):
-                left = own.transpose(0, 1).flatten(1)
-                for channel in range(0, per_group, width):
-                    n = min(width, per_group - channel)
-                    what = _Columns(
-                        channels, h, w, out_w, kernel, stride, padding, dilation,
-                        group * per_group + channel, n, block, part.shape[0], row, part.shape[2],
-                    )  # fmt: skip
-                    lib.sfx_columns(ctypes.byref(what), pointer(x), pointer(columns), threads)
-                    right = columns[: n * taps * left.shape[1]].view(n * taps, -1)
-                    matrices[group, :, channel * taps : (channel + n) * taps].addmm_(left, right.T, beta=beta)
+    h, w = x.shape[2:4]
+    outs, ins, *kernel = weight.shape
+    sizes = zip((h, w), kernel, stride, padding, dilation, strict=True)
+    out_hw = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    if x.shape[1] != ins * groups or grad.shape != (x.shape[0], outs, *out_hw, BLOCK):
+        raise ValueError(
+            f"grad: expected {(x.shape[0], outs, *out_hw, BLOCK)} for x {tuple(x.shape)} and a weight "
+            f"{tuple(weight.shape)} in {groups} groups, got {tuple(grad.shape)}; pass the layer's own tensors"
+        )
+    last = is_channels_last(weight)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    out = torch.empty(weight.shape, dtype=torch.float32, memory_format=memory_format)
+    lib = load(isa)
+    shape = (ctypes.c_int64 * 11)(outs, ins * groups, *kernel, *stride, *padding, *dilation, groups)
+    status = lib.sfx_conv_dense_wgrad(
+        shape, pointer(grad), pointer(x), x.shape[0] * BLOCK, h, w, last, pointer(out), torch.get_num_threads()
+    )
+    check(lib, status)
     return out

@@ -13,14 +13,14 @@ from sparsefx.kernels.cpu.abi import load
 
 KINDS = {
     "optimizer and masks": ("Optimizer.",),
-    "sparse kernels": ("sfx_conv", "sfx_linear"),
     "dense convolutions": (
-        "sfx_columns",
+        "sfx_conv_dense_wgrad",
         "aten::mkldnn_convolution",
         "aten::convolution",
         "aten::thnn_conv",
         "mkldnn_convolution",
     ),
+    "sparse kernels": ("sfx_conv", "sfx_linear"),
     "dense products": ("aten::addmm", "aten::mm", "aten::linear", "aten::bmm", "aten::matmul"),
     "normalization": ("sfx_norm", "aten::native_batch_norm", "aten::batch_norm"),
     "weights in and out": ("sfx_layer_collect", "sfx_layer_scatter"),

@@ -36,6 +36,9 @@ int sfx_conv_gather(void* layer, int kind, int dtype, const void* in, int64_t im
                     void* out, int threads);
 int sfx_conv_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, int64_t h, int64_t w,
                    const SfxPrologue* prologue, float* values, int threads);
+// The gradient of all weights, existing or not; shape as in sfx_layer_new, fp32, out as the weight lies in memory.
+int sfx_conv_dense_wgrad(const int64_t* shape, const float* grad, const float* in, int64_t images, int64_t h, int64_t w,
+                         int channels_last, float* out, int threads);
 int sfx_linear_gather(void* layer, int kind, int dtype, const void* in, int64_t images, const float* values,
                       const float* bias, int relu, void* out, int threads);
 int sfx_linear_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, float* values,
@@ -73,14 +76,6 @@ void sfx_masked_fold(float* moment, const float* collected, float* weight, const
                      float alpha, int threads);
 // sums: <a, b> and <b, b>.
 void sfx_products(const float* a, const float* b, int64_t n, double* sums, int threads);
-
-// What each tap of a convolution reads of some channels, blocks and output rows of its fp32 input:
-// out [n, R, S, blocks, rows, out_w, 16] from x [.., channels, h, w, 16]; zero outside the input.
-struct SfxColumns {
-  int64_t channels, h, w, out_w, kernel[2], stride[2], pad[2], dilation[2];
-  int64_t channel, n, block, blocks, row, rows;  // first, and how many
-};
-void sfx_columns(const SfxColumns* arguments, const float* x, float* out, int threads);
 
 // Max pooling of blocked activations, and its gradient; `taps` has a byte for each output. prologue: of the forward's
 // input, may be null.

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "dense_wgrad.h"
 #include "drivers.h"
 
 using namespace sfx;
@@ -24,6 +25,9 @@ int guarded(Body body) {
   return 1;
 }
 
+ConvShape shape_of(const int64_t* s) {
+  return {s[0], s[1], {s[2], s[3]}, {s[4], s[5]}, {s[6], s[7]}, {s[8], s[9]}, s[10]};
+}
 int64_t blocks_of(int64_t images) { return (images + BLOCK - 1) / BLOCK; }
 
 // values[e] = weight of existing weight e, in Pattern order.
@@ -116,7 +120,7 @@ int sfx_lanes() { return LANES; }
 
 void* sfx_layer_new(const int64_t* s, const uint8_t* mask) {
   Layer* layer = nullptr;
-  const ConvShape shape{s[0], s[1], {s[2], s[3]}, {s[4], s[5]}, {s[6], s[7]}, {s[8], s[9]}, s[10]};
+  const ConvShape shape = shape_of(s);
   const int failed = guarded([&] {
     auto made = std::make_unique<Layer>();
     made->pattern = make_pattern(shape, mask);
@@ -181,6 +185,13 @@ int sfx_conv_wgrad(void* layer, int dtype, const void* grad, const void* in, int
   return guarded([&] {
     const auto run = dtype ? conv_dot<bf16> : conv_dot<float>;
     run(*static_cast<Layer*>(layer), grad, in, images, h, w, prologue_of(prologue), values, team(threads));
+  });
+}
+
+int sfx_conv_dense_wgrad(const int64_t* shape, const float* grad, const float* in, int64_t images, int64_t h, int64_t w,
+                         int channels_last, float* out, int threads) {
+  return guarded([&] {
+    dense_wgrad(shape_of(shape), grad, in, blocks_of(images), h, w, channels_last != 0, out, team(threads));
   });
 }
 

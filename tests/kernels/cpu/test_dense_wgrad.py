@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from sparsefx.kernels.blocked import CONVERTED_DENSE
 from sparsefx.kernels.cpu import dense_wgrad as module
+from sparsefx.kernels.cpu.build import supported_isas
+from sparsefx.kernels.cpu.dense_wgrad import dense_wgrad
 from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.spec import ConvSpec
 from tests.kernels.cpu.helpers import blocked, error
@@ -20,6 +22,9 @@ CASES = {
     "pointwise": (33, 9, 4, (7, 7), (1, 1), (1, 1), (0, 0), (1, 1), 1),
     "groups": (16, 12, 6, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 3),
     "one_image": (1, 3, 7, (9, 11), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "several_panels": (48, 27, 150, (5, 3), (3, 1), (2, 1), (1, 0), (1, 1), 1),
+    "taps_that_never_read": (16, 3, 20, (2, 2), (5, 5), (1, 1), (4, 4), (2, 2), 1),
+    "wide_rows": (17, 5, 17, (3, 70), (3, 3), (1, 2), (1, 1), (1, 1), 1),
 }
 
 
@@ -34,19 +39,19 @@ def _layer(images, inputs, outputs, hw, kernel, stride, padding, dilation, group
     return x, w, g, wanted
 
 
-@pytest.mark.parametrize(("depth", "column_bytes"), [(1, 1), (96, 3000), (2048, 1 << 20)])
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("isa", supported_isas())
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_equals_autograd_however_it_is_cut(case, depth, column_bytes, monkeypatch):
-    monkeypatch.setattr(module, "DEPTH", depth)
-    monkeypatch.setattr(module, "COLUMN_BYTES", column_bytes)
+def test_equals_autograd(case, isa, threads):
     x, w, g, wanted = _layer(*case)
-    got = module.dense_wgrad(blocked(g), blocked(x), w.shape[2:], *case[5:])
+    torch.set_num_threads(threads)  # the folder's fixture restores it
+    got = dense_wgrad(blocked(g), blocked(x), w, *case[5:], isa=isa)
     assert got.shape == w.shape
     assert error(got, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_dense_inside_a_region_takes_it_for_wide_layers(last, monkeypatch):
+def test_dense_inside_a_region_takes_it_where_groups_are_wide(last, monkeypatch):
     case = (20, 4, 6, (5, 4), (3, 3), (2, 2), (1, 1), (1, 1), 2)
     x, w, g, wanted = _layer(*case)
     w = w.contiguous(memory_format=torch.channels_last) if last else w
@@ -54,8 +59,8 @@ def test_dense_inside_a_region_takes_it_for_wide_layers(last, monkeypatch):
     calls = []
     real = module.dense_wgrad
     monkeypatch.setattr("sparsefx.kernels.blocked.dense_wgrad", lambda *args: calls.append(1) or real(*args))
-    for channels, count in ((3, 0), (2, 3)):
-        monkeypatch.setattr(module, "FEW_CHANNELS", channels)
+    for outputs, count in ((4, 0), (3, 3)):
+        monkeypatch.setattr(module, "FEW_OUTPUTS", outputs)
         with torch.no_grad():
             for_input, both = CONVERTED_DENSE.both(spec, blocked(g), blocked(x), w)
             alone = CONVERTED_DENSE.dense_wgrad(spec, blocked(g), blocked(x), w)
@@ -72,7 +77,7 @@ def test_dense_inside_a_region_takes_it_for_wide_layers(last, monkeypatch):
 
 
 def test_a_gradient_of_the_gradient_goes_through_torch():
-    """Products are opaque to autograd; with gradients enabled the differentiable way is taken."""
+    """The kernel is opaque to autograd; with gradients enabled the differentiable way is taken."""
     x, w, g, _ = _layer(3, 4, 6, (5, 4), (1, 1), (1, 1), (0, 0), (1, 1), 1)
     spec = ConvSpec([1, 1], [0, 0], [1, 1], False, [0, 0], 1, x.shape[0])
     grad = blocked(g).requires_grad_()
