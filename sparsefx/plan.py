@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.kernels.runtime import Backend
+from sparsefx.kernels.spec import is_channels_last
 
 _WORTH_TRYING = 0.9
 """Compaction is a candidate below this share of live weights in the matrix; above it only adds copies."""
@@ -75,7 +76,7 @@ def buckets(plan: Plan) -> tuple[int, int, int]:
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two bool tensors are equal; at every forward, so at the speed of memory."""
     plain = type(one) is type(other) is Tensor and one.shape == other.shape and one.is_cpu and other.is_cpu
-    if plain and one.is_contiguous() and other.is_contiguous():
+    if plain and one.stride() == other.stride() and (one.is_contiguous() or is_channels_last(one)):
         return not _memcmp(one.data_ptr(), other.data_ptr(), one.numel())
     return torch.equal(one, other)
 

@@ -20,7 +20,7 @@ KINDS = {
         "aten::thnn_conv",
         "mkldnn_convolution",
     ),
-    "sparse kernels": ("sfx_conv", "sfx_linear"),
+    "sparse kernels": ("sfx_conv_gather", "sfx_conv_wgrad", "sfx_conv_pixels", "sfx_linear"),
     "dense products": ("aten::addmm", "aten::mm", "aten::linear", "aten::bmm", "aten::matmul"),
     "normalization": ("sfx_norm", "aten::native_batch_norm", "aten::batch_norm"),
     "weights in and out": ("sfx_layer_collect", "sfx_layer_scatter"),

@@ -63,19 +63,32 @@ Footprint footprint(Pitches& y, Pitches& x, const Tiling& t) {
   return {y(t.rows), x(t.cols), 1, false};
 }
 
-// Cycles for one line to be loaded from where a working set of this many bytes lives.
+// Cycles for one line to be loaded from where a working set of so many bytes lives, as measured on two processors.
+struct Level {
+  double bytes, cycles;
+};
+constexpr Level CASCADE_LAKE[] = {{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35},
+                                  {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}};
+constexpr Level ZEN_4[] = {{26 << 10, 1.0}, {64 << 10, 1.5}, {128 << 10, 1.8}, {256 << 10, 1.95},
+                           {512 << 10, 2.1}, {1 << 20, 2.4}, {4 << 20, 2.9}};
+constexpr size_t LEVELS = std::size(ZEN_4);
+
+const Level* levels() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_is("amd")) return ZEN_4;
+#endif
+  return CASCADE_LAKE;
+}
+
 double load_cycles(double bytes) {
-  constexpr struct {
-    double bytes, cycles;
-  } MEASURED[] = {{26 << 10, 0.5},  {64 << 10, 1.0},  {128 << 10, 1.2}, {256 << 10, 1.35},
-                  {512 << 10, 1.6}, {1 << 20, 2.4},   {4 << 20, 5.0}};
-  if (bytes <= MEASURED[0].bytes) return MEASURED[0].cycles;
-  for (size_t i = 1; i < std::size(MEASURED); ++i) {
-    const auto [low, below] = MEASURED[i - 1];
-    const auto [high, above] = MEASURED[i];
+  static const Level* const level = levels();
+  if (bytes <= level[0].bytes) return level[0].cycles;
+  for (size_t i = 1; i < LEVELS; ++i) {
+    const auto [low, below] = level[i - 1];
+    const auto [high, above] = level[i];
     if (bytes <= high) return below + (above - below) * std::log(bytes / low) / std::log(high / low);
   }
-  return 5.0;
+  return level[LEVELS - 1].cycles;
 }
 
 // Cycles of a tiling, from the lines it moves. The constants are measured on AVX-512 and only rank candidates.
@@ -105,7 +118,7 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   const double tiles = double(ceil_div(y.count(), t.rows) * ceil_div(x.count(), t.cols) * ceil_div(s.blocks, t.batch));
   tile += double(s.outputs * t.rows * t.batch) * 10;  // each row of a tile is a run of its own
   const double runs = double(s.live * strip_rows * t.batch);
-  const double packing = strips * blocks * (double(s.live) * strip_lines * VECS * 6 + runs * 15);
+  const double packing = strips * blocks * (double(s.live) * strip_lines * VECS * (t.batch > 1 ? 12 : 6) + runs * 15);
   double parallel = 1;
   if (s.kind != WGRAD) {
     const double items = strips * blocks;
