@@ -71,31 +71,38 @@ class Amortized:
 
 
 def amortize(
-    outside: Sequence[float], inside: "WindowTimes | None", window: int, interval: int = INTERVAL
+    outside: Sequence[float],
+    inside: Sequence[float],
+    changes: "UpdateTimes | None",
+    window: int,
+    interval: int = INTERVAL,
 ) -> Amortized:
     """Average a step over an interval with one window and one update.
 
     Args:
         outside: Seconds of steps outside the window.
-        inside: Of steps inside; None where masks never move, as at density 1.
+        inside: Of steps inside.
+        changes: Of updates; None where masks never move, as at density 1.
         window: Steps inside the window in each interval.
     Raises:
         ValueError: no update was timed.
     """
-    if inside is None:
-        step = 1e3 * statistics.median(outside)
-        return Amortized(step, step, 0.0, 0.0, 0, interval, step)
-    if not inside.updates or not inside.after:
-        raise ValueError("amortize: expected times of an update and of the step after it, got none; use more rounds")
-    out, within, update = (1e3 * statistics.median(t) for t in (outside, inside.steps, inside.updates))
-    rebuild = max(0.0, 1e3 * statistics.median(inside.after) - within)
+    out = 1e3 * statistics.median(outside)
+    if changes is None:
+        return Amortized(out, out, 0.0, 0.0, 0, interval, out)
+    if not changes.updates or not changes.after:
+        raise ValueError("amortize: expected times of an update and of the step after it, got none; take more steps")
+    within, update, after, settled = (
+        1e3 * statistics.median(times) for times in (inside, changes.updates, changes.after, changes.steps)
+    )
+    rebuild = max(0.0, after - settled)
     window = min(window, interval)
     total = (interval - window) * out + window * within + update + rebuild
     return Amortized(out, within, update, rebuild, window, interval, total / interval)
 
 
-class WindowTimes:
-    """Sorts the times of a trainer that is always inside the window.
+class UpdateTimes:
+    """Sorts the times of a trainer that updates often.
 
     Attributes:
         steps: Seconds of its steps, without the update where there was one.

@@ -10,13 +10,16 @@ import torch
 
 from sparsefx import moments
 from sparsefx.bench.breakdown import breakdown
-from sparsefx.bench.measure import Amortized, WindowTimes, amortize, interleaved, ms
+from sparsefx.bench.measure import Amortized, UpdateTimes, amortize, interleaved, ms
 from sparsefx.bench.memory import activation_bytes, sparse_bytes
 from sparsefx.bench.settings import INTERVAL, Setting
 from sparsefx.bench.trainers import DENSE, HALF, Masks, Trainer, dense, sparse, stored
 
 PARTS = ("step", "inference", "memory", "breakdown", "epoch")
 Say = Callable[[str], None]
+UPDATES, EVERY = 3, 3
+"""Updates that are timed, and steps to one. Steps in and out of the window are timed with the masks as they were drawn:
+a few updates in a row move most weights to the layers that are nearest to the images and cost the most."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +53,23 @@ def bench_model(setting: Setting, request: Request, say: Say = print) -> dict[st
     trainers, failed, memory_format = _dense_trainers(setting, request, say)
     say(f"sparse: building and choosing backends, {memory_format} as the fastest dense one")
     outside = sparse(setting, request.batch, request.density, request.masks, memory_format=memory_format)
-    every = max(3, request.rounds // 3)
-    moves = outside.scheduler.window.length > 0
     inside = None
-    if moves:
-        inside = sparse(setting, request.batch, request.density, request.masks, every, memory_format)
-    times = None if inside is None else WindowTimes(inside)
-    for _ in range(2):
-        outside.step()
-    for _ in range(every):
-        if inside is not None:
-            inside.step()
-    say(
-        f"training step: {request.rounds} rounds of {', '.join(trainers)}, sparse{', in and out of the window' * moves}"
-    )
+    if outside.scheduler.window.length > 0:
+        inside = sparse(
+            setting, request.batch, request.density, request.masks, INTERVAL + request.rounds, memory_format
+        )
     calls = {name: trainer.step for name, trainer in trainers.items()}
-    calls["sparse"] = outside.step
-    if times is not None:
-        calls["window"] = times.step
-    measured = interleaved(calls, _whole(request.rounds, every), rare=HALF)
+    for name, trainer in {"sparse": outside, "window": inside}.items():
+        if trainer is not None:
+            calls[name] = trainer.step
+            trainer.step()
+            trainer.step()
+    say(f"training step: {request.rounds} rounds of {', '.join(calls)}")
+    measured = interleaved(calls, request.rounds, rare=HALF)
     best = min((name for name in trainers if name not in HALF), key=lambda name: statistics.median(measured[name]))
     window = moments.memory(outside.optimizer.param_groups[0])
-    average = amortize(measured["sparse"], times, window)
+    changes = None if inside is None else _changes(setting, request, memory_format, say)
+    average = amortize(measured["sparse"], measured.get("window", ()), changes, window)
     row: dict[str, Any] = {
         "model": setting.name,
         "batch": request.batch,
@@ -122,7 +120,7 @@ def _more(
             "sparse": breakdown(outside),
         }
         if inside is not None:
-            row["breakdown"]["sparse in the window"] = breakdown(_after_update(inside), steps=1)
+            row["breakdown"]["sparse in the window"] = breakdown(inside)
         parts = row["breakdown"]["sparse"]
         row["optimizer_share"] = parts.get("optimizer and masks", 0.0) / sum(parts.values())
     if "inference" in request.parts:
@@ -162,18 +160,15 @@ def _dense_trainers(setting: Setting, request: Request, say: Say) -> tuple[dict[
     return found, failed, fastest.split()[0]
 
 
-def _after_update(trainer: Trainer) -> Trainer:
-    """The trainer, whose next step neither updates nor builds lists."""
-    updates = len(trainer.history)
-    while len(trainer.history) == updates:
-        trainer.step()
+def _changes(setting: Setting, request: Request, memory_format: str, say: Say) -> UpdateTimes:
+    """Times of updates and of the steps after them."""
+    say(f"{UPDATES} updates")
+    trainer = sparse(setting, request.batch, request.density, request.masks, EVERY, memory_format)
     trainer.step()
-    return trainer
-
-
-def _whole(rounds: int, every: int) -> int:
-    """`rounds`, and as many more as it takes to see an update and the step after it."""
-    return max(rounds, every + 1)
+    times = UpdateTimes(trainer)
+    for _ in range(UPDATES * EVERY):
+        times.step()
+    return times
 
 
 def _density(trainer: Trainer) -> float:

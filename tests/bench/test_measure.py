@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsefx.bench.measure import WindowTimes, amortize, interleaved, ms
+from sparsefx.bench.measure import UpdateTimes, amortize, interleaved, ms
 
 
 class Wound:
@@ -24,7 +24,7 @@ class Wound:
 
 def timed(seconds, updates):
     trainer = Wound(seconds, updates)
-    times = WindowTimes(trainer, trainer.clock)
+    times = UpdateTimes(trainer, trainer.clock)
     for _ in seconds:
         times.step()
     return times
@@ -44,7 +44,7 @@ def test_calls_alternate_and_their_times_are_theirs():
     assert order[6:] == ["a", "b", "a", "a", "a", "a", "b", "a"]
 
 
-def test_window_times_are_sorted():
+def test_times_of_updates_are_sorted():
     times = timed([1.0, 1.5, 3.0, 1.75, 1.25], {3: 2.0})
     assert times.steps == [1.0, 1.5, 1.0, 1.25]
     assert times.updates == [2.0]
@@ -52,21 +52,25 @@ def test_window_times_are_sorted():
 
 
 def test_the_average_counts_window_update_and_new_lists_once():
-    times = timed([0.25, 2.25, 0.75, 0.25], {2: 2.0})
-    average = amortize([0.125, 0.125, 0.5], times, window=44, interval=390)
+    changes = timed([0.5, 2.5, 1.0, 0.5], {2: 2.0})
+    average = amortize([0.125, 0.125, 0.5], [0.25, 0.25, 1.0], changes, window=44, interval=390)
     assert (average.outside, average.inside, average.update) == (125, 250, 2000)
     assert average.rebuild == pytest.approx(500)
     assert average.step == pytest.approx((346 * 125 + 44 * 250 + 2000 + 500) / 390)
 
 
 def test_a_window_longer_than_the_interval_fills_it():
-    times = timed([0.25, 2.25, 0.25], {2: 2.0})
-    assert amortize([0.1], times, window=44, interval=4).step == pytest.approx((4 * 250 + 2000) / 4)
+    changes = timed([0.25, 2.25, 0.25], {2: 2.0})
+    assert amortize([0.1], [0.25], changes, window=44, interval=4).step == pytest.approx((4 * 250 + 2000) / 4)
+
+
+def test_masks_that_never_move_cost_no_update():
+    assert amortize([0.1, 0.3, 0.1], (), None, window=44).step == pytest.approx(100)
 
 
 def test_no_update_raises():
-    with pytest.raises(ValueError, match="more rounds"):
-        amortize([1.0], timed([1.0], {}), window=44)
+    with pytest.raises(ValueError, match="more steps"):
+        amortize([1.0], [1.0], timed([1.0], {}), window=44)
 
 
 def test_median_and_spread():
