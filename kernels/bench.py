@@ -171,9 +171,10 @@ def _conv(layer: Layer, mask: Tensor | None) -> tuple:
         dense["fprop"][name] = lambda a=a, v=v: F.conv2d(a, v, None, layer.stride, padding)
         for kind, wanted in (("dgrad", 0), ("wgrad", 1)):
             dense[kind][name] = lambda a=a, v=v, b=b, wanted=wanted: _conv_backward(layer, b, a, v, wanted)
+    values = plan.collect(w)  # by fprop, for both
     sparse = {
         "fprop": lambda: plan.fprop(xb, w, images=n),
-        "dgrad": lambda: plan.dgrad(gb, w, hw, images=n),
+        "dgrad": lambda: plan.dgrad(gb, values, hw, images=n),
         "wgrad": lambda: plan.wgrad(gb, xb, images=n),
     }
     exact = {
@@ -203,9 +204,10 @@ def _linear(layer: Layer, mask: Tensor | None) -> tuple:
         "dgrad": {"mkl": lambda: g @ w, "onednn": lambda: onednn(g, w.T, None, "none", [], "")},
         "wgrad": {"mkl": lambda: g.T @ x, "onednn": lambda: onednn(g.T, x.T, None, "none", [], "")},
     }
+    values = plan.collect(w)  # by fprop, for both
     sparse = {
         "fprop": lambda: plan.fprop(x, w),
-        "dgrad": lambda: plan.dgrad(g, w),
+        "dgrad": lambda: plan.dgrad(g, values),
         "wgrad": lambda: plan.wgrad(g, x),
     }
     exact = {kind: dense[kind]["mkl"] for kind in ("fprop", "dgrad")} | {"wgrad": lambda: (g.T @ x) * mask}

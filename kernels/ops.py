@@ -73,13 +73,15 @@ class _Eager(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mask)
         ctx.runtime, ctx.spec, ctx.prologue, ctx.centred = Runtime.of(handle), spec, prologue, centred
         ctx.added = None if residual is None else residual.dtype
-        return ctx.runtime.fprop(spec, x, weight, bias, mask, prologue, residual)
+        out = ctx.runtime.fprop(spec, x, weight, bias, mask, prologue, residual)
+        ctx.carried, ctx.runtime.carried = ctx.runtime.carried, None
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, mask = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        grads = ctx.runtime.backward(ctx.spec, grad, x, weight, mask, wanted, ctx.prologue, ctx.centred)
+        grads = ctx.runtime.backward(ctx.spec, grad, x, weight, mask, wanted, ctx.prologue, ctx.centred, ctx.carried)
         return (*grads, *[None] * 5, None if ctx.added is None else grad.to(ctx.added))
 
 

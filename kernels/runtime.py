@@ -23,7 +23,8 @@ class Backend(Protocol):
     """How a layer computes its three passes; the shapes are those of `Dense`.
 
     One with a true attribute `fuses` takes a prologue as the next argument of `fprop` and `wgrad`, and then a residual
-    in `fprop`.
+    in `fprop`. One with an attribute `collected` leaves there what of the weight its `fprop` ran with, and its `dgrad`
+    takes that for the weight.
     """
 
     name: str
@@ -56,6 +57,21 @@ class _Staged(NamedTuple):
     once: bool
 
 
+class Carried(NamedTuple):
+    """What a forward pass leaves for its backward pass: the backend that ran, and what it collected of the weight."""
+
+    backend: Any
+    weight: Tensor
+
+
+def _take(backend: Any) -> Carried | None:
+    collected = getattr(backend, "collected", None)
+    if collected is None:
+        return None
+    backend.collected = None
+    return Carried(backend, collected)
+
+
 class Runtime:
     """The state behind one sparse weight's operator calls.
 
@@ -67,6 +83,7 @@ class Runtime:
         masked: Address and version of the weight gradient that backward returned last, while nothing can have been
             added to it unseen; None makes `reach` mask what arrives.
         current_grad: Returns the weight's `.grad`, to see whether a new accumulation begins.
+        carried: What the latest forward pass leaves for its backward pass, until it is taken.
         hooked: The weight whose hook calls `reach`; None while there is none.
     """
 
@@ -79,6 +96,7 @@ class Runtime:
         self.collecting = False
         self.collected: Tensor | None = None
         self.current_grad: Callable[[], Tensor | None] = lambda: None
+        self.carried: Carried | None = None
         self.hooked: weakref.ref[Tensor] | None = None
         self._accumulated: tuple[int, int] | None = None
         self._staged: dict[int, _Staged] = {}
@@ -119,9 +137,13 @@ class Runtime:
         """Output of the layer, plus `residual` where one is given."""
         backend: Any = self.choose("fprop", spec, x, None, weight, mask) if self.choose else dense_for(spec)
         if _fuses(backend) and (residual is None or residual.dtype == x.dtype):
-            return backend.fprop(spec, x, weight, bias, prologue, None if residual is None else residual.contiguous())
+            added = None if residual is None else residual.contiguous()
+            out = backend.fprop(spec, x, weight, bias, prologue, added)
+            self.carried = _take(backend)
+            return out
         x = x if prologue is None else prepared(x, prologue, _images(spec))
         out = backend.fprop(spec, x, weight, bias)
+        self.carried = _take(backend)
         return out if residual is None else out.add_(residual)
 
     def backward(
@@ -134,6 +156,7 @@ class Runtime:
         wanted: list[bool],
         prologue: Prologue | None = None,
         centred: bool = False,
+        carried: Carried | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias, each where `wanted`; the weight's is zero where the mask is False."""
         for_bias = bias_grad(grad, spec, centred) if wanted[2] else None
@@ -148,6 +171,7 @@ class Runtime:
         wgrad = (
             (masked_dense if self.collecting else choose("wgrad", spec, x, grad, weight, mask)) if wanted[1] else None
         )
+        reached = carried.weight if carried is not None and carried.backend is dgrad else weight
         arguments = ()
         if prologue is not None and wgrad is not None:
             arguments = (prologue,) if _fuses(wgrad) else ()
@@ -156,7 +180,7 @@ class Runtime:
             if dgrad is masked_dense and spec is not None:
                 for_input, dense = masked_dense.both(spec, grad, x, weight)
             else:
-                for_input = dgrad.dgrad(spec, grad, x, weight) if dgrad else None
+                for_input = dgrad.dgrad(spec, grad, x, reached) if dgrad else None
                 dense = masked_dense.dense_wgrad(spec, grad, x, weight)
             if self.collecting:
                 self._stage(dense)
@@ -164,7 +188,7 @@ class Runtime:
             else:
                 for_weight = masked_(dense, mask)
         else:
-            for_input = dgrad.dgrad(spec, grad, x, weight) if dgrad else None
+            for_input = dgrad.dgrad(spec, grad, x, reached) if dgrad else None
             for_weight = wgrad.wgrad(spec, grad, x, weight, mask, *arguments) if wgrad else None
         if for_weight is not None:
             self.masked = for_weight.data_ptr(), for_weight._version

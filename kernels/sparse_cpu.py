@@ -21,12 +21,16 @@ class SparseCpu:
 
     Raises:
         CompilerUnavailable: the kernels cannot be built.
+    Attributes:
+        collected: Values of the existing weights that the latest `fprop` ran with, until somebody takes them: `dgrad`
+            takes them for its weight.
     """
 
     name = "sparse"
     fuses = True
 
     def __init__(self, mask: Tensor, spec: ConvSpec | None) -> None:
+        self.collected: Tensor | None = None
         if spec is None:
             self.linear = LinearPlan(mask)
             return
@@ -50,18 +54,19 @@ class SparseCpu:
     ) -> Tensor:
         """Output of the layer, plus `residual`; that and a prologue come with blocked activations alone."""
         wide_bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
+        self.collected = values = (self.linear if spec is None else self.conv).collect(weight)
         if spec is None:
-            out = self.linear.fprop(_rows(x), weight, wide_bias)
+            out = self.linear.fprop(_rows(x), values, wide_bias)
             return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
         if spec.images:
-            return self.conv.fprop(x, weight, wide_bias, images=spec.images, prologue=prologue, residual=residual)
+            return self.conv.fprop(x, values, wide_bias, images=spec.images, prologue=prologue, residual=residual)
         images = x.shape[0]
         if images <= FEW_IMAGES:
-            return self.conv.infer(x.detach().contiguous(), weight, wide_bias).contiguous(memory_format=_format(x))
-        return from_blocked(self.conv.fprop(to_blocked(x), weight, wide_bias, images=images), images, _format(x))
+            return self.conv.infer(x.detach().contiguous(), values, wide_bias).contiguous(memory_format=_format(x))
+        return from_blocked(self.conv.fprop(to_blocked(x), values, wide_bias, images=images), images, _format(x))
 
     def dgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Gradient of the input."""
+        """Gradient of the input; `weight` may be the values that `fprop` collected."""
         if spec is None:
             return self.linear.dgrad(_rows(grad), weight).view(x.shape)
         if spec.images:
