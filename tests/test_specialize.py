@@ -53,14 +53,19 @@ def test_only_changed_layers_get_a_new_plan(model):
         assert (specializer.plan(layer) is plans[name]) == (name != "conv2.weight")
 
 
-@pytest.mark.parametrize("how", ["copy_", "data", "load", "deepcopy"])
-def test_a_mask_written_by_hand_is_noticed(model, how):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("how", ["copy_", "data", "through data", "load", "deepcopy"])
+def test_a_mask_written_by_hand_is_noticed(model, how, memory_format):
+    model.to(memory_format=memory_format)
+    assert model.conv2.weight_mask.is_contiguous(memory_format=memory_format)
     step(model)
     new = narrow(model.conv2, 8)
     if how == "copy_":
         model.conv2.weight_mask.copy_(new)
     elif how == "data":
         model.conv2.weight_mask.data = new
+    elif how == "through data":
+        model.conv2.weight_mask.data.copy_(new)
     elif how == "load":
         state = {**model.state_dict(), "conv2.weight_mask": new}
         state["conv1.weight_mask"] = model.conv1.weight_mask

@@ -5,7 +5,9 @@ import torch
 from torch.library import opcheck
 
 from sparsefx.kernels import ops
+from sparsefx.kernels.cpu.linear import LinearPlan
 from sparsefx.kernels.runtime import Runtime
+from sparsefx.kernels.sparse_cpu import SparseCpu
 from sparsefx.kernels.spec import ConvSpec
 
 SPECS = {
@@ -102,3 +104,29 @@ def test_eager_path_and_operator_agree(runtime):
 def test_inductor_freezes_no_operator_in_a_cuda_graph(name):
     """A replayed graph would go on with an old window and an old choice of backend."""
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.sparsefx, name).default.tags
+
+
+def test_the_input_gradient_takes_what_its_forward_pass_collected(runtime, monkeypatch):
+    x, weight, _, mask, handle = linear_arguments("cpu", runtime)
+    backend = SparseCpu(mask, None)
+    runtime.choose = lambda *_: backend
+    read = []
+    real = LinearPlan.collect
+    monkeypatch.setattr(LinearPlan, "collect", lambda self, w: read.append(w.dim()) or real(self, w))
+    outs = [ops.linear(x, weight, None, mask, handle) for _ in range(2)]
+    assert runtime.carried is None
+    assert backend.collected is None
+    g = torch.randn(3, 5)
+    (for_input,) = torch.autograd.grad(outs, x, [g, 2 * g])
+    torch.testing.assert_close(for_input, 3 * g @ weight)
+    assert read.count(2) == 2  # the weight by each forward pass alone
+
+
+def test_a_backward_pass_with_another_plan_reads_the_weight(runtime):
+    x, weight, _, mask, handle = linear_arguments("cpu", runtime)
+    fewer = mask & (torch.rand(mask.shape) < 0.5)
+    backends = {"fprop": SparseCpu(mask, None), "dgrad": SparseCpu(fewer, None)}
+    runtime.choose = lambda kind, *_: backends.get(kind, backends["fprop"])
+    g = torch.randn(3, 5)
+    (for_input,) = torch.autograd.grad(ops.linear(x, weight, None, mask, handle), x, g)
+    torch.testing.assert_close(for_input, g @ (weight * fewer))
