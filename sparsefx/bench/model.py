@@ -17,6 +17,8 @@ from sparsefx.bench.trainers import DENSE, HALF, Masks, Trainer, dense, sparse, 
 
 PARTS = ("step", "inference", "memory", "breakdown", "epoch")
 Say = Callable[[str], None]
+_TRIED = 3
+"""Steps of each dense baseline before the sparse network takes the memory format of the fastest."""
 UPDATES, EVERY = 3, 3
 """Updates that are timed, and steps to one. Steps in and out of the window are timed with the masks as they were drawn:
 a few updates in a row move most weights to the layers that are nearest to the images and cost the most."""
@@ -140,23 +142,21 @@ def _dense_trainers(setting: Setting, request: Request, say: Say) -> tuple[dict[
         for name in (*DENSE, *HALF)
         if (request.compiled or "compiled" not in name) and (len(setting.image) == 3 or not name.startswith("nhwc"))
     ]
-    found, failed, seconds = {}, {}, {}
+    found, failed = {}, {}
     for name in names:
         say(f"dense: warming up {name}")
         try:
             trainer = dense(setting, request.batch, name)
             trainer.step()
-            start = time.perf_counter()
-            trainer.step()
-            seconds[name] = time.perf_counter() - start
         except Exception as error:  # a baseline that torch cannot run must not end the benchmark
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             say(f"dense: {name} does not run ({failed[name]})")
             continue
         found[name] = trainer
-    fastest = min((name for name in found if name not in HALF), key=lambda name: seconds[name], default=None)
-    if fastest is None:
+    tried = interleaved({name: trainer.step for name, trainer in found.items() if name not in HALF}, _TRIED)
+    if not tried:
         raise RuntimeError(f"{setting.name}: expected a dense baseline that runs, got none ({failed})")
+    fastest = min(tried, key=lambda name: statistics.median(tried[name]))
     return found, failed, fastest.split()[0]
 
 
