@@ -62,6 +62,10 @@ def train_saving(path: Path, name: str) -> None:
     path.with_suffix(".done").touch()
 
 
+def written(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def kill_and_resume(folder: Path, seed: int) -> tuple[int, int]:
     """One run, killed at random times until it is through; how often, and how often while it wrote a checkpoint."""
     rng, path, name = random.Random(seed), folder / "run.pt", ("sgd", "adam")[seed % 2]
@@ -70,10 +74,12 @@ def kill_and_resume(folder: Path, seed: int) -> tuple[int, int]:
     while not path.with_suffix(".done").exists():
         assert time.monotonic() < deadline
         process = ranks.start(train_saving, path, name)
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        while process.is_alive() and (path.stat().st_mtime_ns if path.exists() else 0) == before:
-            time.sleep(0.001)  # at least one step forward, then anywhere within a few
-        process.join(rng.uniform(0, 0.15))
+        before = written(path)
+        for _ in range(rng.randint(1, 6)):  # at least one step forward, then anywhere within a few
+            while process.is_alive() and written(path) == before:
+                time.sleep(0.001)
+            before = written(path)
+        process.join(rng.uniform(0, 0.02))
         if process.is_alive():
             process.kill()
             kills += 1
