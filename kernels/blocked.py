@@ -427,9 +427,7 @@ def _as_outer_products(spec: ConvSpec | None, x: Tensor, weight: Tensor) -> bool
 
 
 def _dense_wgrad(spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    plain = _plain(spec)
-    stride, padding, dilation = ((a, b) for a, b in (plain.stride, plain.padding, plain.dilation))
-    return dense_wgrad(grad.contiguous(), x.contiguous(), weight, stride, padding, dilation, plain.groups)
+    return dense_wgrad(_plain(spec), grad.contiguous(), x.contiguous(), weight)
 
 
 def _plain(spec: ConvSpec | None) -> ConvSpec:

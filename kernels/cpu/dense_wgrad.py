@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from sparsefx.kernels.spec import is_channels_last
+from sparsefx.kernels.spec import ConvSpec, is_channels_last
 
 from .abi import BLOCK, check, load, pointer, require
 
@@ -18,14 +18,7 @@ def outer_products_pay(weight: torch.Tensor, groups: int) -> bool:
 
 
 def dense_wgrad(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int = 1,
-    isa: str | None = None,
+    spec: ConvSpec, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, isa: str | None = None
 ) -> torch.Tensor:
     """Gradient of all weights of a convolution, as if none were missing.
 
@@ -41,22 +34,22 @@ def dense_wgrad(
     """
     require("grad", grad, dtype=torch.float32, dims=5)
     require("x", x, dtype=torch.float32, dims=5)
-    h, w = x.shape[2:4]
     outs, ins, *kernel = weight.shape
-    sizes = zip((h, w), kernel, stride, padding, dilation, strict=True)
-    out_hw = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
-    if x.shape[1] != ins * groups or grad.shape != (x.shape[0], outs, *out_hw, BLOCK):
+    expected = spec.innermost(x, weight)
+    if x.shape[1] != ins * spec.groups or grad.shape != expected:
         raise ValueError(
-            f"grad: expected {(x.shape[0], outs, *out_hw, BLOCK)} for x {tuple(x.shape)} and a weight "
-            f"{tuple(weight.shape)} in {groups} groups, got {tuple(grad.shape)}; pass the layer's own tensors"
+            f"grad: expected {expected} for x {tuple(x.shape)} and a weight {tuple(weight.shape)} in {spec.groups} "
+            f"groups, got {tuple(grad.shape)}; pass the layer's own tensors"
         )
     last = is_channels_last(weight)
     memory_format = torch.channels_last if last else torch.contiguous_format
     out = torch.empty(weight.shape, dtype=torch.float32, memory_format=memory_format)
     lib = load(isa)
-    shape = (ctypes.c_int64 * 11)(outs, ins * groups, *kernel, *stride, *padding, *dilation, groups)
+    shape = (ctypes.c_int64 * 11)(
+        outs, ins * spec.groups, *kernel, *spec.stride, *spec.padding, *spec.dilation, spec.groups
+    )
     status = lib.sfx_conv_dense_wgrad(
-        shape, pointer(grad), pointer(x), x.shape[0] * BLOCK, h, w, last, pointer(out), torch.get_num_threads()
+        shape, pointer(grad), pointer(x), x.shape[0] * BLOCK, *x.shape[2:4], last, pointer(out), torch.get_num_threads()
     )
     check(lib, status)
     return out

@@ -22,8 +22,6 @@ constexpr int64_t SUMS_BUDGET = 64 << 20;
 constexpr int64_t GRAD_CELL = BLOCK * PANEL;  // floats of a position's gradient in a panel
 constexpr int64_t SUMS = MAX_INPUTS * PANEL;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Positions that a panel of sums runs over; pitches in floats.
 struct Walk {
   int64_t blocks, rows, columns;

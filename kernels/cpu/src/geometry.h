@@ -6,6 +6,8 @@
 
 namespace sfx {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct ConvShape {
   int64_t out, in;  // channels of the layer; weight is [out, in / groups, R, S]
   int64_t kernel[2], stride[2], pad[2], dilation[2];

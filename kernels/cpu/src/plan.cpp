@@ -17,8 +17,6 @@ struct Sizes {  // what the cost of a tiling depends on
   int threads;
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Packed positions of an axis by the number of outputs that a strip has.
 class Pitches {
  public:

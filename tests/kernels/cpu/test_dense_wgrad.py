@@ -39,13 +39,18 @@ def _layer(images, inputs, outputs, hw, kernel, stride, padding, dilation, group
     return x, w, g, wanted
 
 
+def _spec(case):
+    stride, padding, dilation = map(list, case[5:8])
+    return ConvSpec(stride, padding, dilation, False, [0, 0], case[8])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("isa", supported_isas())
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_autograd(case, isa, threads):
     x, w, g, wanted = _layer(*case)
     torch.set_num_threads(threads)  # the folder's fixture restores it
-    got = dense_wgrad(blocked(g), blocked(x), w, *case[5:], isa=isa)
+    got = dense_wgrad(_spec(case), blocked(g), blocked(x), w, isa)
     assert got.shape == w.shape
     assert error(got, wanted) < 1e-5
 
@@ -82,3 +87,11 @@ def test_a_gradient_of_the_gradient_goes_through_torch():
     spec = ConvSpec([1, 1], [0, 0], [1, 1], False, [0, 0], 1, x.shape[0])
     grad = blocked(g).requires_grad_()
     assert CONVERTED_DENSE.dense_wgrad(spec, grad, blocked(x), w).requires_grad
+
+
+def test_tensors_of_another_layer_are_refused():
+    case = CASES["plain"]
+    x, w, g, _ = _layer(*case)
+    for grad, weight in ((g[:, :, :7], w), (g, w[:, :5]), (g, w[:4])):
+        with pytest.raises(ValueError, match=r"grad: expected .* got .*; pass the layer's own tensors"):
+            dense_wgrad(_spec(case), blocked(grad), blocked(x), weight)
