@@ -14,6 +14,9 @@ Clock = Callable[[], float]
 
 RARELY = 4
 """Rounds to one of a call that is timed rarely."""
+TURN = 0.05
+"""Seconds that a call is repeated for in its turn. A training loop runs one network's steps one after the other: a step of
+a millisecond that always comes after other networks' steps would be timed on caches that they have filled."""
 
 
 def interleaved(
@@ -22,7 +25,9 @@ def interleaved(
     clock: Clock = time.perf_counter,
     rare: Collection[str] = (),
 ) -> dict[str, list[float]]:
-    """Seconds of each call, by name: in every round each runs once, so that drift of the machine hits all alike.
+    """Seconds of each call, by name: in every round each has a turn, so that drift of the machine hits all alike.
+
+    A turn is one call, or the mean of as many as `TURN` seconds hold.
 
     Args:
         rare: Names of calls that run in every fourth round only, from the first on.
@@ -32,9 +37,11 @@ def interleaved(
         for name, call in calls.items():
             if name in rare and round_ % RARELY:
                 continue
-            start = clock()
-            call()
-            times[name].append(clock() - start)
+            start, count, seconds = clock(), 0, 0.0
+            while not count or seconds + seconds / count <= TURN:
+                call()
+                count, seconds = count + 1, clock() - start
+            times[name].append(seconds / count)
     return times
 
 

@@ -22,6 +22,8 @@ _TRIED = 3
 UPDATES, EVERY = 3, 3
 """Updates that are timed, and steps to one. Steps in and out of the window are timed with the masks as they were drawn:
 a few updates in a row move most weights to the layers that are nearest to the images and cost the most."""
+_ENDLESS = 1_000_000
+"""An interval whose update never comes."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Request:
 
     Attributes:
         parts: Of `PARTS`; `"step"` always comes first.
-        rounds: Timed steps of each trainer.
+        rounds: Turns of each trainer's steps.
         compiled: Whether torch.compile is among the dense baselines; it takes minutes to compile.
         variants: Dense baselines, by name; all where empty.
     """
@@ -54,12 +56,9 @@ def bench_model(setting: Setting, request: Request, say: Say = print) -> dict[st
     """
     trainers, failed, memory_format = _dense_trainers(setting, request, say)
     say(f"sparse: building and choosing backends, {memory_format} as the fastest dense one")
-    outside = sparse(setting, request.batch, request.density, request.masks, memory_format=memory_format)
-    inside = None
-    if outside.scheduler.window.length > 0:
-        inside = sparse(
-            setting, request.batch, request.density, request.masks, INTERVAL + request.rounds, memory_format
-        )
+    wanted = (setting, request.batch, request.density, request.masks, memory_format)
+    outside = sparse(*wanted, interval=_ENDLESS)
+    inside = sparse(*wanted, interval=_ENDLESS, inside=True) if outside.scheduler.window.length > 0 else None
     calls = {name: trainer.step for name, trainer in trainers.items()}
     for name, trainer in {"sparse": outside, "window": inside}.items():
         if trainer is not None:
@@ -163,7 +162,8 @@ def _dense_trainers(setting: Setting, request: Request, say: Say) -> tuple[dict[
 def _changes(setting: Setting, request: Request, memory_format: str, say: Say) -> UpdateTimes:
     """Times of updates and of the steps after them."""
     say(f"{UPDATES} updates")
-    trainer = sparse(setting, request.batch, request.density, request.masks, EVERY, memory_format)
+    wanted = (setting, request.batch, request.density, request.masks, memory_format)
+    trainer = sparse(*wanted, interval=EVERY, inside=True)
     trainer.step()
     times = UpdateTimes(trainer)
     for _ in range(UPDATES * EVERY):
@@ -226,7 +226,7 @@ class _Forward:
 def _epoch(setting: Setting, request: Request, best: Trainer, memory_format: str, say: Say) -> dict[str, float]:
     """Milliseconds of `INTERVAL` real steps with their window, their update and the rebuilding after it, in turns."""
     say(f"an epoch of {INTERVAL} steps, dense and sparse in turns")
-    ours = sparse(setting, request.batch, request.density, request.masks, memory_format=memory_format)
+    ours = sparse(setting, request.batch, request.density, request.masks, memory_format)
     ours.step()
     spent = {"dense": 0.0, "sparse": 0.0}
     done = 0

@@ -134,20 +134,22 @@ def sparse(
     batch: int,
     density: float,
     masks: Masks,
-    window: int | None = None,
     memory_format: str = "nchw",
+    *,
+    interval: int = INTERVAL,
+    inside: bool = False,
 ) -> Trainer:
     """A sparse trainer.
 
     Args:
         memory_format: Of weights and images, one of `FORMATS`.
-        window: None trains as in the paper, an update every `INTERVAL` steps, of which the first are outside the
-            window; a number trains inside the window all the time, with an update every so many steps.
+        interval: Steps between updates.
+        inside: Train inside the window all the time, instead of in the last steps of an interval.
     """
     images, labels = setting.data(batch)
     images = stored(images, memory_format)
+    window = interval if inside else None
     trainer = Trainer(sparse_model(setting, density, masks, images, window, memory_format), (images, labels))
-    interval = window or INTERVAL
     trainer.scheduler.attach(trainer.optimizer, steps_per_update=interval, total_steps=1000 * interval)
     return trainer
 

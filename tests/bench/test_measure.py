@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsefx.bench.measure import UpdateTimes, amortize, interleaved, ms
+from sparsefx.bench.measure import TURN, UpdateTimes, amortize, interleaved, ms
 
 
 class Wound:
@@ -42,6 +42,19 @@ def test_calls_alternate_and_their_times_are_theirs():
     assert order == ["a", "b"] * 3
     assert interleaved(calls, 6, lambda: now[0], rare=["b"]) == {"a": [1.0] * 6, "b": [3.0] * 2}
     assert order[6:] == ["a", "b", "a", "a", "a", "a", "b", "a"]
+
+
+def test_short_calls_are_repeated_in_their_turn():
+    now, taken = [0.0], []
+
+    def call(name, seconds):
+        taken.append(name)
+        now[0] += seconds
+
+    calls = {"short": lambda: call("short", TURN / 8.5), "long": lambda: call("long", TURN * 0.75)}
+    times = interleaved(calls, 2, lambda: now[0])
+    assert taken == [*["short"] * 8, "long"] * 2
+    assert times["short"] == pytest.approx([TURN / 8.5] * 2) and times["long"] == pytest.approx([TURN * 0.75] * 2)
 
 
 def test_times_of_updates_are_sorted():

@@ -28,7 +28,7 @@ def test_a_storage_counts_once_and_weights_and_batch_not_at_all():
 
 def test_masks_lists_and_collected_gradients():
     setting = Setting("tiny", lambda: nn.Sequential(nn.Flatten(), nn.Linear(300, 10)), (3, 10, 10), 4, 0.1)
-    trainer = sparse(setting, 4, 0.1, Masks(), window=3)
+    trainer = sparse(setting, 4, 0.1, Masks(), interval=3, inside=True)
     trainer.step()
     found = sparse_bytes(trainer)
     assert found["masks"] == 2 * 3000
