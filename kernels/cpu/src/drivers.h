@@ -115,21 +115,28 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
   struct Unit {
     int64_t block, chunk0, chunk1;
   };
+  const int64_t entries = lists.entries(), strips = p.strips();
+  // As many units as threads share evenly, of about equal sizes; one where strips can be shared instead.
+  const int64_t least = std::max<int64_t>(1, ceil_div(entries * 4, PARTIAL_BUDGET));
+  const int64_t wanted = least == 1 && strips > 1 ? 1 : ceil_div(least, threads) * threads;
   std::vector<Unit> units;
   int64_t most = 0;
-  for (int64_t b = 0; b < lists.blocks; ++b)
-    for (int64_t c = 0; c < lists.chunks;) {
-      const int64_t c0 = c, e0 = lists.cells[b * lists.chunks + c].entry[0];
-      const auto end = [&](int64_t k) { return int64_t(lists.cells[b * lists.chunks + k].entry[GROUPS]); };
-      do ++c;
-      while (c < lists.chunks && (end(c) - e0) * 4 <= PARTIAL_BUDGET);
-      if (end(c - 1) == e0) continue;
-      units.push_back({b, c0, c});
-      most = std::max(most, end(c - 1) - e0);
+  for (int64_t b = 0; b < lists.blocks; ++b) {
+    const Cell* cells = lists.cells.data() + b * lists.chunks;
+    const int64_t e0 = cells[0].entry[0], n = cells[lists.chunks - 1].entry[GROUPS] - e0;
+    const int64_t parts = std::max<int64_t>(1, (n * wanted + entries / 2) / std::max<int64_t>(1, entries));
+    int64_t c0 = 0, before = 0;
+    for (int64_t c = 0; c < lists.chunks; ++c) {
+      const int64_t size = cells[c].entry[GROUPS] - e0 - before;
+      if (size == 0 || (c + 1 < lists.chunks && (before + size) * parts < n * (before * parts / n + 1))) continue;
+      units.push_back({b, c0, c + 1});
+      most = std::max(most, size);
+      before += size;
+      c0 = c + 1;
     }
-  const int64_t n_units = int64_t(units.size()), strips = p.strips();
+  }
+  const int64_t n_units = int64_t(units.size());
   const int64_t splits = std::clamp<int64_t>(n_units >= 4 * threads || threads == 1 ? 1 : 2 * threads, 1, strips);
-  const int64_t entries = lists.entries();
   const int64_t channels = p.one_tile() ? lists.chunk : int64_t(lists.live.size());
   const int64_t packed = align64(p.packed_bytes(channels)), held = align64(lists.block * p.tile_bytes());
   const int64_t each = packed + held + align64((most + LANES) * 4);

@@ -282,17 +282,12 @@ struct Rows {
   int64_t images, features;
 
   void pack(char* out, const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt t) const {
-    for (int64_t c = 0; c < n;) {
+    transposed(n, p.tiling.batch * VECS, [&](int64_t c, int64_t v) {
       const bool together = c + LANES <= n && channel[c + LANES - 1] - channel[c] == LANES - 1;
       const int64_t width = together ? LANES : 1;
-      for (int64_t b = 0; b < p.tiling.batch; ++b)
-        for (int v = 0; v < VECS; ++v) {
-          const int64_t image = (t.batch + b) * BLOCK + v * LANES;
-          char* to = out + c * p.channel_bytes + b * LINE + v * LANES * 4;
-          read(to, p.channel_bytes, channel[c], width, image);
-        }
-      c += width;
-    }
+      read(out + c * p.channel_bytes + v * LANES * 4, p.channel_bytes, channel[c], width, t.batch * BLOCK + v * LANES);
+      return width;
+    });
   }
 
   Ahead ahead(const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt t) const {
@@ -305,31 +300,36 @@ struct Rows {
 
   void pack_tile(char* out, int64_t c0, int64_t n, const PhasePlan& p, TileAt t) const {
     const int64_t pitch = p.tile_bytes();
-    for (int64_t c = 0; c < n;) {
+    transposed(n, p.tiling.batch * VECS, [&](int64_t c, int64_t v) {
       const int64_t width = c + LANES <= n ? LANES : 1;
-      for (int64_t b = 0; b < p.tiling.batch; ++b)
-        for (int v = 0; v < VECS; ++v)
-          read(out + c * pitch + b * LINE + v * LANES * 4, pitch, c0 + c, width, (t.batch + b) * BLOCK + v * LANES);
-      c += width;
-    }
+      read(out + c * pitch + v * LANES * 4, pitch, c0 + c, width, t.batch * BLOCK + v * LANES);
+      return width;
+    });
   }
 
   void unpack(const char* acc, int64_t c0, int64_t n, const PhasePlan& p, TileAt t, Epilogue e) const {
     const int64_t pitch = p.tile_bytes();
-    for (int64_t c = 0; c < n;) {
+    transposed(n, p.tiling.batch * VECS, [&](int64_t c, int64_t v) {
       const int64_t width = c + LANES <= n ? LANES : 1;
-      for (int64_t b = 0; b < p.tiling.batch; ++b)
-        for (int v = 0; v < VECS; ++v)
-          write(acc + c * pitch + b * LINE + v * LANES * 4, pitch, c0 + c, width,
-                (t.batch + b) * BLOCK + v * LANES, e);
-      c += width;
-    }
+      write(acc + c * pitch + v * LANES * 4, pitch, c0 + c, width, t.batch * BLOCK + v * LANES, e);
+      return width;
+    });
   }
 
   const char* tile_in_place(int64_t, const PhasePlan&, TileAt, int64_t*, int64_t*) const { return nullptr; }
   bool sink(Sink*, int64_t*, int64_t, const PhasePlan&, TileAt, Epilogue) const { return false; }
 
  private:
+  // Calls visit(feature, vector) -> features done for all `n` features of all vectors of images, some lines of each row
+  // of features at a time: whole rows would leave L1 before the next, and single lines are no stream to prefetch.
+  template <class Visit>
+  void transposed(int64_t n, int64_t vectors, Visit visit) const {
+    constexpr int64_t TOGETHER = 64;
+    for (int64_t c0 = 0; c0 < n; c0 += TOGETHER)
+      for (int64_t v = 0; v < vectors; ++v)
+        for (int64_t c = c0; c < std::min(n, c0 + TOGETHER);) c += visit(c, v);
+  }
+
   // `width` features from `feature` on (LANES of them, or 1) of LANES images, to one native vector per feature.
   void read(char* to, int64_t pitch, int64_t feature, int64_t width, int64_t image) const {
     const int64_t n = std::clamp<int64_t>(images - image, 0, LANES);
