@@ -12,13 +12,14 @@ from torch import Tensor
 from sparsefx.kernels.cpu.abi import empty, load, pointer
 from sparsefx.kernels.cpu.build import CompilerUnavailable
 
+_Sums = ctypes.c_double * 2
 _SMALL = 1 << 12
-"""Below this many elements a call through ctypes costs more than torch's operator."""
+"""Below this many elements a call through ctypes costs more than one operator of torch's."""
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """A copy of `x` that is zero where `mask` is False."""
-    library = _library(x, mask)
+    library = _library(x, mask) if x.numel() >= _SMALL else None
     if library is None:
         return x.masked_fill(~mask, 0)
     out = empty(library, x.shape, x.dtype) if x.is_contiguous() else torch.empty_like(x)
@@ -28,7 +29,7 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 
 def masked_(x: Tensor, mask: Tensor) -> Tensor:
     """Zero `x` in place where `mask` is False."""
-    library = _library(x, mask)
+    library = _library(x, mask) if x.numel() >= _SMALL else None
     if library is None:
         return x.masked_fill_(~mask, 0)
     library.sfx_masked_copy(pointer(x), pointer(mask), pointer(x), x.numel(), torch.get_num_threads())
@@ -68,25 +69,26 @@ def products(a: Tensor, b: Tensor) -> tuple[float, float]:
     if library is None:
         left, right = a.reshape(-1), b.reshape(-1).to(a.dtype)
         return float(torch.dot(left, right)), float(torch.dot(right, right))
-    sums = (ctypes.c_double * 2)()
+    sums = _Sums()
     library.sfx_products(pointer(a), pointer(b), a.numel(), ctypes.addressof(sums), torch.get_num_threads())
     return sums[0], sums[1]
 
 
 def any_nonzero(x: Tensor) -> bool:
     """Whether an element of `x` is not zero."""
-    return bool(x.any()) if _library(x, None) is None else products(x, x)[1] != 0
+    return bool(x.any()) if x.numel() < _SMALL or _library(x, None) is None else products(x, x)[1] != 0
 
 
 def _library(x: Tensor, mask: Tensor | None, *others: Tensor) -> ctypes.CDLL | None:
     """The C++ library where all tensors can be walked as one array each."""
-    if x.numel() < _SMALL or x.requires_grad or not (x.is_contiguous() or _dense(x)):
+    if x.requires_grad or not (x.is_contiguous() or _dense(x)):
         return None
+    shape, stride = x.shape, x.stride()
     for tensor in (x, *others):
-        plain = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.dtype == torch.float32
-        if not plain or tensor.shape != x.shape or tensor.stride() != x.stride():
+        plain = type(tensor) is Tensor and tensor.is_cpu and tensor.dtype == torch.float32
+        if not plain or tensor.shape != shape or tensor.stride() != stride:
             return None
-    if mask is not None and (type(mask) is not Tensor or mask.shape != x.shape or mask.stride() != x.stride()):
+    if mask is not None and (type(mask) is not Tensor or mask.shape != shape or mask.stride() != stride):
         return None
     try:
         return load()

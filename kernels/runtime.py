@@ -78,6 +78,8 @@ class Runtime:
     Attributes:
         name: Name of the layer, for errors.
         choose: `(pass, spec, x, grad, weight, mask) -> Backend`; None runs masked dense.
+        full: Whether the mask missed no weight when `choose` last saw it.
+        dense: Whether `choose` has found dense kernels the fastest for an output with the present mask.
         collecting: Whether the gradient of missing weights is collected (the window). Changed only between steps.
         collected: Sum of the dense weight gradients that went into the present `.grad`, or None.
         masked: Address and version of the weight gradient that backward returned last, while nothing can have been
@@ -92,7 +94,9 @@ class Runtime:
 
     def __init__(self, name: str = "") -> None:
         self.name = name
-        self.choose: Callable[..., Backend] | None = None
+        self.choose: Any = None
+        self.full = False
+        self.dense = False
         self.collecting = False
         self.collected: Tensor | None = None
         self.current_grad: Callable[[], Tensor | None] = lambda: None
@@ -219,14 +223,16 @@ class Runtime:
         Returns:
             The masked gradient, or None where `grad` is masked already.
         """
+        untouched = (grad.data_ptr(), grad._version) == self.masked
+        self.masked = None
+        if not self.collecting and self.collected is None:
+            return None if untouched else masked(grad, mask)
         present = self.current_grad()
         continues = present is not None and (
             (id(present), present._version) == self._accumulated or any_nonzero(present)
         )
         if not continues:
             self.collected = None
-        untouched = (grad.data_ptr(), grad._version) == self.masked
-        self.masked = None
         if self.collecting:
             staged = self._staged.pop(torch._C._current_graph_task_id(), None)
             if staged is not None and staged.once and untouched:

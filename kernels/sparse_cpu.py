@@ -54,10 +54,10 @@ class SparseCpu:
     ) -> Tensor:
         """Output of the layer, plus `residual`; that and a prologue come with blocked activations alone."""
         wide_bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
-        self.collected = values = (self.linear if spec is None else self.conv).collect(weight)
         if spec is None:
-            out = self.linear.fprop(_rows(x), values, wide_bias)
+            out, self.collected = self.linear.run("fprop", _rows(x), weight, wide_bias)
             return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
+        self.collected = values = self.conv.collect(weight)
         if spec.images:
             return self.conv.fprop(x, values, wide_bias, images=spec.images, prologue=prologue, residual=residual)
         images = x.shape[0]
@@ -68,7 +68,8 @@ class SparseCpu:
     def dgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the input; `weight` may be the values that `fprop` collected."""
         if spec is None:
-            return self.linear.dgrad(_rows(grad), weight).view(x.shape)
+            out = self.linear.dgrad(_rows(grad), weight)
+            return out if x.dim() == 2 else out.view(x.shape)
         if spec.images:
             return self.conv.dgrad(grad.contiguous(), weight, (x.shape[2], x.shape[3]), images=spec.images)
         images, _, *space = x.shape
@@ -86,7 +87,7 @@ class SparseCpu:
     ) -> Tensor:
         """Gradient of the existing weights, zero at the missing ones."""
         if spec is None:
-            return self.linear.scatter(self.linear.wgrad_values(_rows(grad), _rows(x)), weight.dtype)
+            return self.linear.wgrad(_rows(grad), _rows(x), weight.dtype)
         if spec.images:
             values = self.conv.wgrad_values(grad.contiguous(), x, images=spec.images, prologue=prologue)
         else:

@@ -194,9 +194,12 @@ def _grad_of(layer: "weakref.ref[SparseLayer]") -> Tensor | None:
 
 def _reach(layer: "weakref.ref[SparseLayer]", grad: Tensor) -> Tensor | None:
     found = layer()
-    if found is None or grad.shape != found.weight_mask.shape:
+    if found is None:
         return None
-    return found.runtime.reach(grad, found.weight_mask)
+    mask, runtime = found.weight_mask, found._runtime
+    if grad.shape != mask.shape or (runtime.full and runtime.choose.misses_none(mask)):
+        return None
+    return runtime.reach(grad, mask)
 
 
 def _commit(layer: "weakref.ref[SparseLayer]", weight: Tensor) -> None:
@@ -220,7 +223,10 @@ class SparseLinear(SparseLayer, nn.Linear):
         if self._full:
             return F.linear(input, self.weight, self.bias)
         x, weight, bias = self._operands(input)
-        return ops.linear(x, weight, bias, self.weight_mask, self.handle)
+        mask, runtime = self.weight_mask, self._runtime
+        if runtime.dense and not torch.compiler.is_compiling() and runtime.choose.runs_dense(self, x):
+            return F.linear(x, weight, bias)  # what the operator would do, to the bit; the weight's hook masks
+        return ops.linear(x, weight, bias, mask, runtime.handle)
 
 
 class SparseAttentionProjection(SparseLinear, nn.modules.linear.NonDynamicallyQuantizableLinear):

@@ -23,6 +23,7 @@ class Plan:
         mask: A copy of the mask that the plan was built for.
         backends: Those built so far, by name and geometry; "dense" needs none.
         choices: Name of the backend by call: pass, shape, type and memory format.
+        ready: The chosen backend by call and geometry.
         running: The latest call of each pass.
         nnz: Number of weights that exist.
         live_in, live_out: Numbers of channels that have a weight; `empty_in`, `empty_out`: of those that have none.
@@ -30,7 +31,7 @@ class Plan:
 
     def __init__(self, mask: Tensor, transposed: bool, groups: int) -> None:
         self.mask = mask.clone()
-        self.stamp = _stamp(mask)
+        self._seen(mask)
         matrix = mask.transpose(0, 1) if transposed else mask
         bytes_ = matrix.view(torch.uint8).flatten(2) if matrix.dim() > 2 else matrix.view(torch.uint8).unsqueeze(2)
         self.nnz = int(torch.count_nonzero(mask))
@@ -41,6 +42,7 @@ class Plan:
         self.compacts = groups == 1 and share <= _WORTH_TRYING
         self.backends: dict[tuple, Backend] = {}
         self.choices: dict[Key, str] = {}
+        self.ready: dict[tuple, Backend] = {}
         self.running: dict[str, Key] = {}
 
     def keep(self, backends: dict[tuple, Backend]) -> None:
@@ -58,12 +60,24 @@ class Plan:
             look: Compare the contents even where version and storage have not moved: a write through `.data` or a
                 broadcast moves neither.
         """
-        if not look and _stamp(mask) == self.stamp:
+        at = _stamp(mask)
+        if at == self._stamp and (not look or (self._bytes and not _memcmp(self._address, at[0], self._bytes))):
             return False
-        if self.mask.device == mask.device and _same(self.mask, mask):
-            self.stamp = _stamp(mask)
+        if self.mask.device == mask.device and torch.equal(self.mask, mask):
+            self._seen(mask)
             return False
         return True
+
+    @property
+    def full(self) -> bool:
+        """Whether no weight is missing."""
+        return self.nnz == self.mask.numel()
+
+    def _seen(self, mask: Tensor) -> None:
+        """Remember where `mask` lies, which equals the plan's, and how the two compare at the speed of memory."""
+        self._stamp, self._address = _stamp(mask), self.mask.data_ptr()
+        plain = type(mask) is Tensor and mask.is_cpu and mask.stride() == self.mask.stride()
+        self._bytes = mask.numel() if plain and (mask.is_contiguous() or is_channels_last(mask)) else 0
 
 
 def buckets(plan: Plan) -> tuple[int, int, int]:
@@ -71,14 +85,6 @@ def buckets(plan: Plan) -> tuple[int, int, int]:
     widest = max(plan.mask.shape[0], plan.mask.shape[1])
     density = max(plan.nnz, 1) / plan.mask.numel()
     return -(-plan.live_in * 16 // widest), -(-plan.live_out * 16 // widest), round(2 * math.log2(density))
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two bool tensors are equal; at every forward, so at the speed of memory."""
-    plain = type(one) is type(other) is Tensor and one.shape == other.shape and one.is_cpu and other.is_cpu
-    if plain and one.stride() == other.stride() and (one.is_contiguous() or is_channels_last(one)):
-        return not _memcmp(one.data_ptr(), other.data_ptr(), one.numel())
-    return torch.equal(one, other)
 
 
 def _stamp(mask: Tensor) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """From masks to executable plans: candidates, measurement, choice, and re-planning as masks change (contracts 7, 9)."""
 
+import math
 import platform
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -33,9 +33,10 @@ _SPARSE_ENOUGH = 0.5
 """Sparse kernels are a candidate up to this density; above it dense ones win unless a layer is thin."""
 _THIN = 16
 """Of a layer with fewer input or output channels dense kernels, which block them by so many, do mostly nothing."""
-_REPEATS = 5
+_REPEATS, _ENOUGH = 5, 0.002
+"""Rounds of a measurement and its seconds, both at least."""
 _HOPELESS = 1.5
-"""A candidate that takes this much longer than another is not run again."""
+"""A candidate that takes this much longer than another is not run again, after the first round of long calls."""
 _CLEAR = 1.5
 """A new mask is not measured where times of an old one foresee dense and sparse kernels this far apart."""
 
@@ -162,8 +163,13 @@ class Specializer:
         mask: Tensor,
     ) -> Backend:
         """The backend for one pass of one call."""
-        plan = self._plan(runtime, mask, None, look=kind == "fprop" and mask.device.type == "cpu")
+        plan = self._plan(runtime, mask, None, look=kind == "fprop" and mask.is_cpu)
         key = (kind, x.shape, x.dtype, "innermost" if spec is not None and spec.images else _format(x))
+        place = key if spec is None else (*key, spec.key)
+        ready = plan.ready.get(place)
+        if ready is not None and not x.is_cuda:
+            plan.running[kind] = key
+            return ready
         name = plan.choices.get(key)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             # A captured graph outlives the mask: it may hold dense kernels and those whose lists change in place.
@@ -174,8 +180,10 @@ class Specializer:
             start = time.perf_counter()
             name = plan.choices[key] = self._choose(plan, key, spec, weight, (x, grad))
             self.seconds += time.perf_counter() - start
+        runtime.dense = runtime.dense or (kind == "fprop" and name == "dense")
         plan.running[kind] = key
-        return self._backend(plan, name, spec)
+        plan.ready[place] = ready = self._backend(plan, name, spec)
+        return ready
 
     def choose_graph(self, key: tuple, calls: dict[str, Callable[[], Any]]) -> str:
         """Name of the fastest of several equal graphs, from the table or by measuring them."""
@@ -215,6 +223,7 @@ class Specializer:
             if plan is not None and plan.mask.device == mask.device:
                 fresh.keep(plan.backends)
             plan = self._plans[runtime.handle] = fresh
+            runtime.full, runtime.dense = fresh.full, False
             self.rebuilds[runtime.name] = self.rebuilds.get(runtime.name, 0) + 1
             self.seconds += time.perf_counter() - start
         return plan
@@ -297,7 +306,7 @@ class Specializer:
         grad: Tensor | None,
         weight: Tensor,
     ) -> dict[str, float]:
-        """Median seconds of each candidate."""
+        """Least seconds of each candidate."""
         weight = weight.to(x.dtype)
         if kind != "fprop" and grad is None:
             grad = torch.ones_like(dense_for(spec).fprop(spec, x, weight, None))
@@ -346,6 +355,19 @@ class _Chooser:
     ) -> Backend:
         return self.specializer.backend(self.runtime, kind, spec, x, grad, weight, mask)
 
+    def misses_none(self, mask: Tensor) -> bool:
+        """Whether no weight is missing."""
+        return self.specializer._plan(self.runtime, mask, None, look=mask.is_cpu).full
+
+    def runs_dense(self, layer: SparseLayer, x: Tensor) -> bool:
+        """Whether a linear layer's call runs dense kernels in every pass, and a hook masks the weight's gradient."""
+        mask = layer.weight_mask
+        plan = self.specializer._plan(self.runtime, mask, layer, look=mask.is_cpu)
+        call = (x.shape, x.dtype, _format(x))
+        fprop, dgrad, wgrad = (plan.choices.get((kind, *call)) for kind in PASSES)
+        trained = torch.is_grad_enabled()
+        return fprop == "dense" and (not trained or (wgrad == "dense" == (dgrad or "dense") and layer.masks_gradient))
+
 
 def _nothing() -> None:
     pass
@@ -359,7 +381,10 @@ def plan_of(layer: SparseLayer) -> Plan:
 
 
 def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
-    """Median seconds of each call, run in turn so that drift of the machine hits all alike; slow ones only once."""
+    """Least seconds of each call, run in turn so that drift of the machine hits all alike; slow ones less often.
+
+    Noise only adds, and a burst of it can be longer than all rounds of a short call.
+    """
 
     def timed(call: Callable[[], Any]) -> float:
         start = time.perf_counter()
@@ -370,14 +395,16 @@ def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[fl
 
     for call in calls:
         timed(call)
-    times: list[list[float]] = [[] for _ in calls]
+    least = [math.inf] * len(calls)
     running = set(range(len(calls)))
-    for _ in range(_REPEATS):
+    start, rounds, long = time.perf_counter(), 0, False
+    while not rounds or (len(running) > 1 and (rounds < _REPEATS or not long)):
         for i in sorted(running):
-            times[i].append(timed(calls[i]))
-        best = min(min(times[i]) for i in running)
-        running = {i for i in running if min(times[i]) <= _HOPELESS * best}
-    return [statistics.median(column) for column in times]
+            least[i] = min(least[i], timed(calls[i]))
+        rounds, long = rounds + 1, time.perf_counter() - start >= _ENOUGH
+        if rounds >= _REPEATS or long:
+            running = {i for i in running if least[i] <= _HOPELESS * min(least)}
+    return least
 
 
 def machine() -> str:

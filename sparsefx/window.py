@@ -55,6 +55,8 @@ class Window:
 
     def set_open(self, is_open: bool) -> None:
         """Open or close the window for the next step."""
+        if not (self.open or is_open):
+            return
         if self.open and not is_open:
             self.clear_missing()
         self.open = is_open

@@ -26,10 +26,10 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_conv_gather": (_INT, [_P, _INT, _INT, _P, _I64, _I64, _I64, _P, _P, _P, _P, _INT, _P, _INT]),
     "sfx_conv_wgrad": (_INT, [_P, _INT, _P, _P, _I64, _I64, _I64, _P, _P, _INT]),
     "sfx_conv_dense_wgrad": (_INT, [_P, _P, _P, _I64, _I64, _I64, _INT, _P, _INT]),
-    "sfx_linear_gather": (_INT, [_P, _INT, _INT, _P, _I64, _P, _P, _INT, _P, _INT]),
-    "sfx_linear_wgrad": (_INT, [_P, _INT, _P, _P, _I64, _P, _INT]),
+    "sfx_linear_gather": (_INT, [_P, _INT, _INT, _P, _I64, _P, _P, _P, _INT, _P, _INT]),
+    "sfx_linear_wgrad": (_INT, [_P, _INT, _P, _P, _I64, _INT, _P, _INT]),
     "sfx_conv_pixels": (_INT, [_P, _INT, _P, _I64, _I64, _I64, _P, _P, _INT, _P, _INT]),
-    "sfx_linear_rows": (_INT, [_P, _INT, _P, _I64, _P, _P, _INT, _P, _INT]),
+    "sfx_linear_rows": (_INT, [_P, _INT, _P, _I64, _P, _P, _P, _INT, _P, _INT]),
     "sfx_convert": (None, [_INT, _INT, _P, _P, _I64, _I64, _I64, _INT, _INT]),
     "sfx_norm": (None, [_INT, _INT, _P, _I64, _I64, _I64, _INT]),
     "sfx_masked_copy": (None, [_P, _P, _P, _I64, _INT]),
@@ -44,21 +44,19 @@ BLOCK = 16
 
 
 @functools.cache
-def _load(isa: str) -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(library(isa)))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib
-
-
 def load(isa: str | None = None) -> ctypes.CDLL:
     """The library for `isa`, or for the best instruction set of this processor; built and loaded once.
 
     Raises:
         CompilerUnavailable: if it cannot be built.
     """
-    return _load(isa or default_isa())
+    if isa is None:
+        return load(default_isa())
+    lib = ctypes.CDLL(str(library(isa)))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
 
 
 def check(lib: ctypes.CDLL, status: int) -> None:

@@ -31,52 +31,53 @@ class LinearPlan(LayerPlan):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, relu: bool = False
     ) -> torch.Tensor:
         """`x @ weight.T + bias` for `x` `[N, I]`, `weight` `[O, I]` or values `[nnz]`, `bias` fp32 `[O]`."""
-        return self._gather("fprop", x, weight, bias, relu)
+        return self.run("fprop", x, weight, bias, relu=relu)[0]
 
     def dgrad(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Gradient of the input `[N, I]` from the output's `g` `[N, O]`."""
-        return self._gather("dgrad", g, weight, None, False)
+        return self.run("dgrad", g, weight)[0]
 
-    def wgrad_values(self, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Gradient of the existing weights, fp32 `[nnz]` in row-major order."""
+    def run(
+        self, kind: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, relu: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Result of pass "fprop" or "dgrad", and the values `[nnz]` that it ran with, which the other pass may take."""
+        o, i = self.mask_shape
+        features, outputs = (i, o) if kind == "fprop" else (o, i)
+        self._check("x" if kind == "fprop" else "g", x, features)
+        dense = None
+        if weight.dim() == 2 and weight.dtype == x.dtype and weight.is_contiguous():
+            self._check("weight", weight, i)
+            dense, values = weight, torch.empty(self.nnz)
+        else:
+            values = self.collect(weight)
+        bias = self._bias(bias)
+        out = empty(self._lib, (x.shape[0], outputs), x.dtype)
+        arguments = (
+            DTYPES[x.dtype], pointer(x), x.shape[0], pointer(dense), pointer(values), pointer(bias), relu, pointer(out),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if kind == "fprop" and x.shape[0] <= FEW_ROWS:
+            status = self._lib.sfx_linear_rows(self._handle, *arguments)
+        else:
+            status = self._lib.sfx_linear_gather(self._handle, PASSES[kind], *arguments)
+        check(self._lib, status)
+        return out, values
+
+    def wgrad(self, g: torch.Tensor, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Dense gradient of the weight `[O, I]`, zero where no weight exists."""
         self._check("x", x, self.mask_shape[1])
         self._check("g", g, self.mask_shape[0])
         if g.shape[0] != x.shape[0] or g.dtype != x.dtype:
             raise ValueError(f"g: expected {x.shape[0]} rows of {x.dtype}, got {tuple(g.shape)} {g.dtype}")
-        values = torch.empty(self.nnz, dtype=torch.float32)
+        dense = empty(self._lib, self.mask_shape, dtype)
         status = self._lib.sfx_linear_wgrad(
-            self._handle, DTYPES[x.dtype], pointer(g), pointer(x), x.shape[0], pointer(values), torch.get_num_threads()
-        )
+            self._handle, DTYPES[x.dtype], pointer(g), pointer(x), x.shape[0], DTYPES[dtype], pointer(dense),
+            torch.get_num_threads(),
+        )  # fmt: skip
         check(self._lib, status)
-        return values
-
-    def wgrad(self, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Dense gradient of the weight `[O, I]`, fp32, zero where no weight exists."""
-        return self.scatter(self.wgrad_values(g, x))
+        return dense
 
     def _check(self, name: str, t: torch.Tensor, features: int) -> None:
         require(name, t, dims=2)
         if t.shape[1] != features:
             raise ValueError(f"{name}: expected [N, {features}], got {tuple(t.shape)}; flatten leading dimensions")
-
-    def _gather(
-        self, kind: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
-    ) -> torch.Tensor:
-        o, i = self.mask_shape
-        features, outputs = (i, o) if kind == "fprop" else (o, i)
-        self._check("x" if kind == "fprop" else "g", x, features)
-        values, bias = self.collect(weight), self._bias(bias)
-        out = empty(self._lib, (x.shape[0], outputs), x.dtype)
-        if kind == "fprop" and x.shape[0] <= FEW_ROWS:
-            status = self._lib.sfx_linear_rows(
-                self._handle, DTYPES[x.dtype], pointer(x), x.shape[0], pointer(values), pointer(bias), relu,
-                pointer(out), torch.get_num_threads(),
-            )  # fmt: skip
-            check(self._lib, status)
-            return out
-        status = self._lib.sfx_linear_gather(
-            self._handle, PASSES[kind], DTYPES[x.dtype], pointer(x), x.shape[0], pointer(values), pointer(bias), relu,
-            pointer(out), torch.get_num_threads(),
-        )  # fmt: skip
-        check(self._lib, status)
-        return out

@@ -39,17 +39,19 @@ int sfx_conv_wgrad(void* layer, int dtype, const void* grad, const void* in, int
 // The gradient of all weights, existing or not; shape as in sfx_layer_new, fp32, out as the weight lies in memory.
 int sfx_conv_dense_wgrad(const int64_t* shape, const float* grad, const float* in, int64_t images, int64_t h, int64_t w,
                          int channels_last, float* out, int threads);
-int sfx_linear_gather(void* layer, int kind, int dtype, const void* in, int64_t images, const float* values,
-                      const float* bias, int relu, void* out, int threads);
-int sfx_linear_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, float* values,
-                     int threads);
+// Linear layers take the values, or a dense weight of `dtype` that is collected into them first; and give a dense
+// gradient of the weight, zero where none exists.
+int sfx_linear_gather(void* layer, int kind, int dtype, const void* in, int64_t images, const void* weight,
+                      float* values, const float* bias, int relu, void* out, int threads);
+int sfx_linear_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, int dense_dtype,
+                     void* dense, int threads);
 
 // One image at a time, lanes over pixels: x [images, in, h, w] to out [images, out, h', w'].
 int sfx_conv_pixels(void* layer, int dtype, const void* in, int64_t images, int64_t h, int64_t w, const float* values,
                     const float* bias, int relu, void* out, int threads);
 // A few rows, each a sparse matrix-vector product.
-int sfx_linear_rows(void* layer, int dtype, const void* in, int64_t images, const float* values, const float* bias,
-                    int relu, void* out, int threads);
+int sfx_linear_rows(void* layer, int dtype, const void* in, int64_t images, const void* weight, float* values,
+                    const float* bias, int relu, void* out, int threads);
 
 // [images, channels, pixels] (or [images, pixels, channels] where channels_last) to [blocks, channels, pixels, 16],
 // whose lanes beyond `images` become zero, or back.

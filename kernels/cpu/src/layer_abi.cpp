@@ -50,6 +50,18 @@ void scatter(const Pattern& p, const uint32_t* column, const float* values, T* d
   }
 }
 
+void collect_as(Layer& layer, int dtype, bool channels_last, const void* weight, float* values, int threads) {
+  const uint32_t* column = layer.columns(channels_last);
+  dtype ? collect(layer.pattern, column, static_cast<const bf16*>(weight), values, threads)
+        : collect(layer.pattern, column, static_cast<const float*>(weight), values, threads);
+}
+
+void scatter_as(Layer& layer, int dtype, bool channels_last, const float* values, void* dense, int threads) {
+  const uint32_t* column = layer.columns(channels_last);
+  dtype ? scatter(layer.pattern, column, values, static_cast<bf16*>(dense), threads)
+        : scatter(layer.pattern, column, values, static_cast<float*>(dense), threads);
+}
+
 template <class T>
 void conv_gather(Layer& layer, PassKind kind, const void* in, int64_t images, int64_t h, int64_t w,
                  const float* values, Prologue prologue, Epilogue epilogue, void* out, int threads) {
@@ -152,21 +164,15 @@ int sfx_layer_tiling(void* handle, int kind, int64_t h, int64_t w, int64_t image
   });
 }
 
-int sfx_layer_collect(void* handle, int dtype, int channels_last, const void* weight, float* values, int threads) {
-  Layer& layer = *static_cast<Layer*>(handle);
+int sfx_layer_collect(void* layer, int dtype, int channels_last, const void* weight, float* values, int threads) {
   return guarded([&] {
-    const uint32_t* column = layer.columns(channels_last);
-    dtype ? collect(layer.pattern, column, static_cast<const bf16*>(weight), values, team(threads))
-          : collect(layer.pattern, column, static_cast<const float*>(weight), values, team(threads));
+    collect_as(*static_cast<Layer*>(layer), dtype, channels_last != 0, weight, values, team(threads));
   });
 }
 
-int sfx_layer_scatter(void* handle, int dtype, int channels_last, const float* values, void* dense, int threads) {
-  Layer& layer = *static_cast<Layer*>(handle);
+int sfx_layer_scatter(void* layer, int dtype, int channels_last, const float* values, void* dense, int threads) {
   return guarded([&] {
-    const uint32_t* column = layer.columns(channels_last);
-    dtype ? scatter(layer.pattern, column, values, static_cast<bf16*>(dense), team(threads))
-          : scatter(layer.pattern, column, values, static_cast<float*>(dense), team(threads));
+    scatter_as(*static_cast<Layer*>(layer), dtype, channels_last != 0, values, dense, team(threads));
   });
 }
 
@@ -203,31 +209,37 @@ int sfx_conv_pixels(void* layer, int dtype, const void* in, int64_t images, int6
   });
 }
 
-int sfx_linear_rows(void* layer, int dtype, const void* in, int64_t images, const float* values, const float* bias,
-                    int relu, void* out, int threads) {
-  const Pattern& p = static_cast<Layer*>(layer)->pattern;
+int sfx_linear_rows(void* handle, int dtype, const void* in, int64_t images, const void* weight, float* values,
+                    const float* bias, int relu, void* out, int threads) {
+  Layer& layer = *static_cast<Layer*>(handle);
   const Epilogue epilogue{bias, nullptr, relu != 0};
   return guarded([&] {
-    dtype ? linear_rows(p, static_cast<const bf16*>(in), images, values, epilogue, static_cast<bf16*>(out),
+    if (weight) collect_as(layer, dtype, false, weight, values, team(threads));
+    dtype ? linear_rows(layer.pattern, static_cast<const bf16*>(in), images, values, epilogue, static_cast<bf16*>(out),
                         team(threads))
-          : linear_rows(p, static_cast<const float*>(in), images, values, epilogue, static_cast<float*>(out),
-                        team(threads));
+          : linear_rows(layer.pattern, static_cast<const float*>(in), images, values, epilogue,
+                        static_cast<float*>(out), team(threads));
   });
 }
 
-int sfx_linear_gather(void* layer, int kind, int dtype, const void* in, int64_t images, const float* values,
-                      const float* bias, int relu, void* out, int threads) {
+int sfx_linear_gather(void* handle, int kind, int dtype, const void* in, int64_t images, const void* weight,
+                      float* values, const float* bias, int relu, void* out, int threads) {
+  Layer& layer = *static_cast<Layer*>(handle);
   return guarded([&] {
+    if (weight) collect_as(layer, dtype, false, weight, values, team(threads));
     const auto run = dtype ? linear_gather<bf16> : linear_gather<float>;
-    run(*static_cast<Layer*>(layer), PassKind(kind), in, images, values, {bias, nullptr, relu != 0}, out, team(threads));
+    run(layer, PassKind(kind), in, images, values, {bias, nullptr, relu != 0}, out, team(threads));
   });
 }
 
-int sfx_linear_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, float* values,
-                     int threads) {
+int sfx_linear_wgrad(void* handle, int dtype, const void* grad, const void* in, int64_t images, int dense_dtype,
+                     void* dense, int threads) {
+  Layer& layer = *static_cast<Layer*>(handle);
   return guarded([&] {
+    float* values = reinterpret_cast<float*>(scratch(2, layer.pattern.nnz() * 4 + 64));
     const auto run = dtype ? linear_dot<bf16> : linear_dot<float>;
-    run(*static_cast<Layer*>(layer), grad, in, images, values, team(threads));
+    run(layer, grad, in, images, values, team(threads));
+    scatter_as(layer, dense_dtype, false, values, dense, team(threads));
   });
 }
 

@@ -12,7 +12,7 @@ constexpr int64_t CHUNK = 1 << 14;
 template <class F>
 void in_chunks(int64_t n, int threads, F&& run) {
   const int64_t chunks = (n + CHUNK - 1) / CHUNK;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1) schedule(static)
   for (int64_t c = 0; c < chunks; ++c) run(c, c * CHUNK, c + 1 < chunks ? CHUNK : n - c * CHUNK);
 }
 
