@@ -13,13 +13,11 @@ from sparsefx.kernels.cpu.abi import empty, load, pointer
 from sparsefx.kernels.cpu.build import CompilerUnavailable
 
 _Sums = ctypes.c_double * 2
-_SMALL = 1 << 12
-"""Below this many elements a call through ctypes costs more than one operator of torch's."""
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """A copy of `x` that is zero where `mask` is False."""
-    library = _library(x, mask) if x.numel() >= _SMALL else None
+    library = _library(x, mask)
     if library is None:
         return x.masked_fill(~mask, 0)
     out = empty(library, x.shape, x.dtype) if x.is_contiguous() else torch.empty_like(x)
@@ -29,7 +27,7 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 
 def masked_(x: Tensor, mask: Tensor) -> Tensor:
     """Zero `x` in place where `mask` is False."""
-    library = _library(x, mask) if x.numel() >= _SMALL else None
+    library = _library(x, mask)
     if library is None:
         return x.masked_fill_(~mask, 0)
     library.sfx_masked_copy(pointer(x), pointer(mask), pointer(x), x.numel(), torch.get_num_threads())
@@ -76,7 +74,7 @@ def products(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 def any_nonzero(x: Tensor) -> bool:
     """Whether an element of `x` is not zero."""
-    return bool(x.any()) if x.numel() < _SMALL or _library(x, None) is None else products(x, x)[1] != 0
+    return bool(x.any()) if _library(x, None) is None else products(x, x)[1] != 0
 
 
 def _library(x: Tensor, mask: Tensor | None, *others: Tensor) -> ctypes.CDLL | None:

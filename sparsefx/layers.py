@@ -224,7 +224,7 @@ class SparseLinear(SparseLayer, nn.Linear):
             return F.linear(input, self.weight, self.bias)
         x, weight, bias = self._operands(input)
         mask, runtime = self.weight_mask, self._runtime
-        if runtime.dense and not torch.compiler.is_compiling() and runtime.choose.runs_dense(self, x):
+        if not torch.compiler.is_compiling() and runtime.dense and runtime.choose.runs_dense(self, x):
             return F.linear(x, weight, bias)  # what the operator would do, to the bit; the weight's hook masks
         return ops.linear(x, weight, bias, mask, runtime.handle)
 

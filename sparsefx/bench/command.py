@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]), help="what to time of a network")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the dense baselines")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each: one call, or as many short ones as 50 ms hold")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="turns of each: one call, or as many short ones as 50 ms hold"
+    )
     masks = parser.add_mutually_exclusive_group()
     masks.add_argument("--random", action="store_true", help="random masks (the default)")
     masks.add_argument("--clustered", type=int, metavar="H", help="masks in columns of H output channels")

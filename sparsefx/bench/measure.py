@@ -15,8 +15,8 @@ Clock = Callable[[], float]
 RARELY = 4
 """Rounds to one of a call that is timed rarely."""
 TURN = 0.05
-"""Seconds that a call is repeated for in its turn. A training loop runs one network's steps one after the other: a step of
-a millisecond that always comes after other networks' steps would be timed on caches that they have filled."""
+"""Seconds that a call is repeated for in its turn. A training loop runs one network's steps one after the other: a step
+of a millisecond that always comes after other networks' steps would be timed on caches that they have filled."""
 
 
 def interleaved(

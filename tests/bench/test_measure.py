@@ -54,7 +54,8 @@ def test_short_calls_are_repeated_in_their_turn():
     calls = {"short": lambda: call("short", TURN / 8.5), "long": lambda: call("long", TURN * 0.75)}
     times = interleaved(calls, 2, lambda: now[0])
     assert taken == [*["short"] * 8, "long"] * 2
-    assert times["short"] == pytest.approx([TURN / 8.5] * 2) and times["long"] == pytest.approx([TURN * 0.75] * 2)
+    assert times["short"] == pytest.approx([TURN / 8.5] * 2)
+    assert times["long"] == pytest.approx([TURN * 0.75] * 2)
 
 
 def test_times_of_updates_are_sorted():

@@ -112,7 +112,9 @@ def test_the_input_gradient_takes_what_its_forward_pass_collected(runtime, monke
     runtime.choose = lambda *_: backend
     read = []
     real = LinearPlan.run
-    monkeypatch.setattr(LinearPlan, "run", lambda self, kind, x, w, *args: read.append(w.dim()) or real(self, kind, x, w, *args))
+    monkeypatch.setattr(
+        LinearPlan, "run", lambda self, kind, x, w, *args: read.append(w.dim()) or real(self, kind, x, w, *args)
+    )
     outs = [ops.linear(x, weight, None, mask, handle) for _ in range(2)]
     assert runtime.carried is None
     assert backend.collected is None
