@@ -243,7 +243,7 @@ class Runtime:
         return None if untouched else masked(grad, mask)
 
     def commit(self, grad: Tensor) -> None:
-        """Collect what `reach` saw, now that it is in `.grad`: a hook after accumulation."""
+        """Collect what `reach` saw, now that it is in `.grad`: a hook after accumulation, while `collecting`."""
         self._accumulated = id(grad), grad._version
         total, self._total = self._total, None
         if total is not None:

@@ -116,11 +116,26 @@ class SparseLayer(nn.Module):
             and not self._full
             and owners(self._runtime)[0] is self
         ):
-            self.__dict__["_hooks"] = (
-                self.weight.register_hook(partial(_reach, layer)),
-                self.weight.register_post_accumulate_grad_hook(partial(_commit, layer)),
-            )
+            self.__dict__["_hooks"] = [self.weight.register_hook(partial(_reach, layer))]
             self._runtime.hooked = weakref.ref(self.weight)
+            self._watch()
+
+    def collect_(self, collects: bool) -> None:
+        """Collect the gradient of missing weights beside `.grad` from the next backward pass on, or stop."""
+        self._runtime.collecting = collects
+        for layer in owners(self._runtime):
+            layer._watch()
+
+    def _watch(self) -> None:
+        """See what arrives in `.grad` while it is collected; a hook costs as much as a small layer's kernel."""
+        hooks = self.__dict__.get("_hooks")
+        if hooks is None:
+            return
+        if self._runtime.collecting and len(hooks) == 1:
+            layer: weakref.ref[SparseLayer] = weakref.ref(self)
+            hooks.append(self.weight.register_post_accumulate_grad_hook(partial(_commit, layer)))
+        elif not self._runtime.collecting and len(hooks) == 2:
+            hooks.pop().remove()
 
     def _unhook(self) -> None:
         for hook in self.__dict__.pop("_hooks", ()):

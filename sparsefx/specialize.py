@@ -35,8 +35,8 @@ _THIN = 16
 """Of a layer with fewer input or output channels dense kernels, which block them by so many, do mostly nothing."""
 _REPEATS, _ENOUGH = 5, 0.002
 """Rounds of a measurement and its seconds, both at least."""
-_HOPELESS = 1.5
-"""A candidate that takes this much longer than another is not run again, after the first round of long calls."""
+_HOPELESS, _LONG = 1.5, 0.002
+"""A candidate that takes so much longer than another is not run again: at once where all take so many seconds."""
 _CLEAR = 1.5
 """A new mask is not measured where times of an old one foresee dense and sparse kernels this far apart."""
 
@@ -397,12 +397,12 @@ def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[fl
         timed(call)
     least = [math.inf] * len(calls)
     running = set(range(len(calls)))
-    start, rounds, long = time.perf_counter(), 0, False
-    while not rounds or (len(running) > 1 and (rounds < _REPEATS or not long)):
+    start, rounds = time.perf_counter(), 0
+    while not rounds or (len(running) > 1 and (rounds < _REPEATS or time.perf_counter() - start < _ENOUGH)):
         for i in sorted(running):
             least[i] = min(least[i], timed(calls[i]))
-        rounds, long = rounds + 1, time.perf_counter() - start >= _ENOUGH
-        if rounds >= _REPEATS or long:
+        rounds += 1
+        if rounds >= _REPEATS or min(least) >= _LONG:
             running = {i for i in running if least[i] <= _HOPELESS * min(least)}
     return least
 

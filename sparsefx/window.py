@@ -62,7 +62,7 @@ class Window:
         self.open = is_open
         places = self.places() if is_open else {}
         for name, layer in self.layers.items():
-            layer.runtime.collecting = name in places
+            layer.collect_(name in places)
             if is_sharded(layer.weight):
                 layer.runtime.__dict__["stepped"] = weakref.ref(layer.weight)
             if name not in places:

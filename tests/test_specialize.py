@@ -8,6 +8,8 @@ from torch import nn
 
 import sparsefx
 from sparsefx import specialize
+from sparsefx.kernels import ops
+from sparsefx.kernels.runtime import Runtime
 
 
 class Net(nn.Module):
@@ -195,3 +197,95 @@ def test_sparse_kernels_are_tried_for_nearly_full_layers_only_where_these_are_th
     model(torch.randn(4, 1, 12, 12)).square().sum().backward()
     thin = {shape for (shape, _), names in tried.items() if "sparse" in names}
     assert thin == {(20, 1), (12, 50)}
+
+
+def mlp(density=0.3, **scheduler):
+    net = nn.Sequential(nn.Linear(70, 90), nn.ReLU(), nn.Linear(90, 10))
+    return sparsefx.sparsify(net, density, scheduler=sparsefx.SparseMomentum(**scheduler))
+
+
+def results(model, x):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.square().sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+def test_linear_layers_that_run_dense_become_torchs_own_to_the_bit(monkeypatch):
+    monkeypatch.setattr(specialize, "interleaved", lambda calls, device: list(range(len(calls))))
+    model, x = mlp(), torch.randn(33, 70)
+    ran = []
+    real = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *args: ran.append(args[0].shape) or real(*args))
+    operators = results(model, x)
+    before = len(ran)
+    assert before >= 2
+    plain = results(model, x)
+    assert len(ran) == before
+    for one, other in zip(operators, plain, strict=True):
+        assert torch.equal(one, other)
+    for name, mask in sparsefx.masks(model).items():
+        assert not model.get_parameter(name).grad[~mask].any()
+    model[0].weight_mask.data[:, :35] = False
+    model[0].zero_missing_()
+    results(model, x)
+    assert not model[0].weight.grad[:, :35].any()
+
+
+def test_a_full_layer_needs_no_masking_until_it_loses_weights(monkeypatch):
+    monkeypatch.setattr(specialize, "interleaved", lambda calls, device: list(range(len(calls))))
+    model, x = mlp(), torch.randn(33, 70)
+    model[2].set_mask_(torch.ones_like(model[2].weight_mask))
+    results(model, x)
+    masked = []
+    real = Runtime.reach
+    monkeypatch.setattr(Runtime, "reach", lambda self, *args: masked.append(self.name) or real(self, *args))
+    results(model, x)
+    assert masked == ["0"]
+    model[2].weight_mask.data[:, :45] = False
+    model[2].zero_missing_()
+    results(model, x)
+    assert masked == ["0", "2", "0"]
+    assert not model[2].weight.grad[:, :45].any()
+    assert model[2].weight.grad[:, 45:].all()
+
+
+def test_a_linear_layer_that_runs_dense_collects_its_missing_gradient(monkeypatch):
+    monkeypatch.setattr(specialize, "interleaved", lambda calls, device: list(range(len(calls))))
+    model, x = mlp(dense_grad_window="always"), torch.randn(33, 70)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    model.scheduler.attach(optimizer, steps_per_update=100, total_steps=1000)
+    results(model, x)
+    by_operator = [layer.runtime.collected.clone() for layer in (model[0], model[2])]
+    results(model, x)
+    for layer, collected in zip((model[0], model[2]), by_operator, strict=True):
+        assert torch.equal(layer.runtime.collected, collected)
+        assert torch.equal(layer.weight.grad, collected * layer.weight_mask)
+
+
+def test_a_burst_of_noise_decides_no_measurement(monkeypatch):
+    """A neighbour that takes the processor for a while makes some runs of a short call long, in turn or in a row."""
+    now, runs = [0.0], []
+    monkeypatch.setattr(specialize.time, "perf_counter", lambda: now[0])
+
+    def call(name, seconds, slow):
+        runs.append(name)
+        now[0] += seconds * (50 if runs.count(name) in slow else 1)
+
+    calls = [lambda: call("slower", 4e-5, ()), lambda: call("faster", 2e-5, (1, 2, 3, 4))]
+    slower, faster = specialize.interleaved(calls, torch.device("cpu"))
+    assert (slower, faster) == pytest.approx((4e-5, 2e-5))
+
+
+def test_long_calls_that_are_hopeless_are_measured_once(monkeypatch):
+    now, runs = [0.0], []
+    monkeypatch.setattr(specialize.time, "perf_counter", lambda: now[0])
+
+    def call(name, seconds):
+        runs.append(name)
+        now[0] += seconds
+
+    calls = [lambda: call("slow", 2.0), lambda: call("fast", 1.0), lambda: call("close", 1.2)]
+    assert specialize.interleaved(calls, torch.device("cpu")) == pytest.approx([2.0, 1.0, 1.2])
+    assert [runs.count(name) for name in ("slow", "fast", "close")] == [2, 6, 6]

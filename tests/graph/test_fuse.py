@@ -229,7 +229,7 @@ def test_a_gradient_of_a_gradient_through_a_prepared_input(backend, monkeypatch)
 def test_the_dense_gradient_is_collected_of_what_the_convolution_read():
     model, twin = pair(Net(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))), X)
     layer = model.body[2]
-    layer.runtime.collecting = True
+    layer.collect_(True)
     model(X).square().sum().backward()
     twin(X.double()).square().sum().backward()
     assert prepared(model) == ["body.0"]

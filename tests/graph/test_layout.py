@@ -216,7 +216,7 @@ def test_the_gradient_of_missing_weights_is_collected():
     x = image(6)
     model, twin = pair(Net(Residual(8, 8, 1)), x)
     layer, dense = model.body.conv1, twin.body.conv1
-    layer.runtime.collecting = True
+    layer.collect_(True)
     model.zero_grad()
     model(x).square().sum().backward()
     twin(x.double()).square().sum().backward()
