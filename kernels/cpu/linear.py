@@ -44,12 +44,10 @@ class LinearPlan(LayerPlan):
         o, i = self.mask_shape
         features, outputs = (i, o) if kind == "fprop" else (o, i)
         self._check("x" if kind == "fprop" else "g", x, features)
-        dense = None
-        if weight.dim() == 2 and weight.dtype == x.dtype and weight.is_contiguous():
-            self._check("weight", weight, i)
+        if weight.shape == self.mask_shape and weight.dtype == x.dtype and weight.is_contiguous() and weight.is_cpu:
             dense, values = weight, torch.empty(self.nnz)
         else:
-            values = self.collect(weight)
+            dense, values = None, self.collect(weight)
         bias = self._bias(bias)
         out = empty(self._lib, (x.shape[0], outputs), x.dtype)
         arguments = (

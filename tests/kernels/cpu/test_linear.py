@@ -39,9 +39,34 @@ def test_passes_equal_dense(case, dtype, bound, isa):
     assert error(p.wgrad(g, x), (g.double().T @ x.double()) * mask) < bound
 
 
+def test_a_weight_of_another_type_or_layout_and_collected_values_give_the_same():
+    mask, w, x, b, g = _layer(CASES["primes"], torch.bfloat16)
+    p = LinearPlan(mask)
+    out, values = p.run("fprop", x, w, b.float())
+    assert torch.equal(values, w[mask].float())
+    for weight in (values, w.float(), w.T.contiguous().T):
+        assert torch.equal(p.fprop(x, weight, b.float()), out)
+    assert torch.equal(p.dgrad(g, values), p.dgrad(g, w))
+
+
+@pytest.mark.parametrize("rows", [16, 100])
+def test_teams_share_a_small_weight_gradient(rows, monkeypatch):
+    """Its rows fit one strip, so that threads share the weights; some get no chunk of inputs."""
+    mask = torch.rand(300, 40) < 0.1
+    g, x = torch.randn(rows, 300), torch.randn(rows, 40)
+    want = (g.double().T @ x.double()) * mask
+    threads = torch.get_num_threads()
+    for team in (1, 2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda team=team: team)
+        assert error(LinearPlan(mask).wgrad(g, x), want) < 1e-5
+    assert torch._C.get_num_threads() == threads
+
+
 def test_wrong_features_raise():
     mask, w, x, *_ = _layer(CASES["plain"])
     with pytest.raises(ValueError, match="flatten"):
         LinearPlan(mask).fprop(x[:, :7].contiguous(), w)
+    with pytest.raises(ValueError, match="from this layer's mask"):
+        LinearPlan(mask).fprop(x, w[:7])
     with pytest.raises(ValueError, match="bool"):
         LinearPlan(w)
