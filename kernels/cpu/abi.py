@@ -10,7 +10,7 @@ import torch
 from sparsefx.kernels.spec import Prologue
 
 from . import buffers
-from .build import default_isa, library
+from .build import CompilerUnavailable, default_isa, library
 
 _P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -44,19 +44,30 @@ BLOCK = 16
 
 
 @functools.cache
-def load(isa: str | None = None) -> ctypes.CDLL:
-    """The library for `isa`, or for the best instruction set of this processor; built and loaded once.
-
-    Raises:
-        CompilerUnavailable: if it cannot be built.
-    """
+def _attempt(isa: str | None) -> ctypes.CDLL | str:
+    """The library, or why it cannot be built."""
     if isa is None:
-        return load(default_isa())
-    lib = ctypes.CDLL(str(library(isa)))
+        return _attempt(default_isa())
+    try:
+        lib = ctypes.CDLL(str(library(isa)))
+    except CompilerUnavailable as error:
+        return str(error)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib
+
+
+def load(isa: str | None = None) -> ctypes.CDLL:
+    """The library for `isa`, or for the best instruction set of this processor; built and loaded, or not, once.
+
+    Raises:
+        CompilerUnavailable: if it cannot be built.
+    """
+    found = _attempt(isa)
+    if isinstance(found, str):
+        raise CompilerUnavailable(found)
+    return found
 
 
 def check(lib: ctypes.CDLL, status: int) -> None:

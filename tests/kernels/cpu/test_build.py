@@ -158,3 +158,28 @@ def test_a_killed_builder_holds_nobody_up(cache, tmp_path):
     start = time.monotonic()
     assert build.library("portable").read_bytes() == b"library\n"
     assert time.monotonic() - start < 20
+
+
+def test_a_compiler_that_fails_is_not_asked_again(cache):
+    """Training masks gradients and weights in every step, with torch's operators where there is no library."""
+    compiler = Path(os.environ["CXX"])
+    compiler.write_text(compiler.read_text().replace('echo library > "$out"', "exit 1"))
+    code = """
+import pathlib, sys, warnings
+import torch
+import sparsefx
+warnings.simplefilter("ignore")
+model = sparsefx.sparsify(torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)), 0.1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+model.scheduler.attach(optimizer, steps_per_update=2, total_steps=6)
+asked = []
+for _ in range(5):
+    model(torch.randn(8, 64)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    asked.append(len(pathlib.Path(sys.argv[1]).read_text().splitlines()))
+print(asked[0] > 0, asked[-1] - asked[0], sum(int(m.sum()) for m in sparsefx.masks(model).values()))
+"""
+    log = compiler.with_name("log")
+    done = subprocess.run([sys.executable, "-c", code, str(log)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "0", str(round(0.1 * (64 * 128 + 128 * 10)))], done.stderr
