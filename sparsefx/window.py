@@ -97,7 +97,7 @@ class Window:
         if self.stale:
             self.clear_missing()
             self.stale = False
-        zeroed = self._fold(mine, optimizer)
+        zeroed = self._fold(mine, optimizer) if mine else set()
         known = moments.leaves_zeros(optimizer)
         for name in mine if known else (n for n, (one, _) in self.places().items() if one is optimizer):
             if name not in zeroed:

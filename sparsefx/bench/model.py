@@ -56,9 +56,10 @@ def bench_model(setting: Setting, request: Request, say: Say = print) -> dict[st
     """
     trainers, failed, memory_format = _dense_trainers(setting, request, say)
     say(f"sparse: building and choosing backends, {memory_format} as the fastest dense one")
-    wanted = (setting, request.batch, request.density, request.masks, memory_format)
-    outside = sparse(*wanted, interval=_ENDLESS)
-    inside = sparse(*wanted, interval=_ENDLESS, inside=True) if outside.scheduler.window.length > 0 else None
+    outside = _sparse(setting, request, memory_format, interval=_ENDLESS)
+    inside = None
+    if outside.scheduler.window.length > 0:
+        inside = _sparse(setting, request, memory_format, interval=_ENDLESS, inside=True)
     calls = {name: trainer.step for name, trainer in trainers.items()}
     for name, trainer in {"sparse": outside, "window": inside}.items():
         if trainer is not None:
@@ -159,11 +160,14 @@ def _dense_trainers(setting: Setting, request: Request, say: Say) -> tuple[dict[
     return found, failed, fastest.split()[0]
 
 
+def _sparse(setting: Setting, request: Request, memory_format: str, **options: Any) -> Trainer:
+    return sparse(setting, request.batch, request.density, request.masks, memory_format, **options)
+
+
 def _changes(setting: Setting, request: Request, memory_format: str, say: Say) -> UpdateTimes:
     """Times of updates and of the steps after them."""
     say(f"{UPDATES} updates")
-    wanted = (setting, request.batch, request.density, request.masks, memory_format)
-    trainer = sparse(*wanted, interval=EVERY, inside=True)
+    trainer = _sparse(setting, request, memory_format, interval=EVERY, inside=True)
     trainer.step()
     times = UpdateTimes(trainer)
     for _ in range(UPDATES * EVERY):
@@ -226,7 +230,7 @@ class _Forward:
 def _epoch(setting: Setting, request: Request, best: Trainer, memory_format: str, say: Say) -> dict[str, float]:
     """Milliseconds of `INTERVAL` real steps with their window, their update and the rebuilding after it, in turns."""
     say(f"an epoch of {INTERVAL} steps, dense and sparse in turns")
-    ours = sparse(setting, request.batch, request.density, request.masks, memory_format)
+    ours = _sparse(setting, request, memory_format)
     ours.step()
     spent = {"dense": 0.0, "sparse": 0.0}
     done = 0
