@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsefx.kernels.cpu.abi import empty, load, pointer
 from sparsefx.kernels.cpu.build import CompilerUnavailable
+from sparsefx.kernels.cpu.dense_wgrad import FEWEST_LANES, FEWEST_WEIGHTS, MOST_ROWS, linear_dense_wgrad
 
 _Sums = ctypes.c_double * 2
 
@@ -61,6 +62,21 @@ def fold_missing_(
     _bump(weight)
 
 
+def masked_product(grad: Tensor, x: Tensor, mask: Tensor, *, keep: bool = False) -> tuple[Tensor, Tensor | None]:
+    """`grad.T @ x`, the weight gradient of a linear layer, zero where `mask` is False; and, if `keep`, as it is.
+
+    Args:
+        grad: `[..., O]`.
+        x: `[..., I]`.
+        mask: `[O, I]` bool.
+    """
+    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    if _multiplies(grad, x, mask):
+        return linear_dense_wgrad(grad.contiguous(), x.contiguous(), mask, keep=keep)
+    dense = grad.T @ x
+    return (masked(dense, mask), dense) if keep else (masked_(dense, mask), None)
+
+
 def products(a: Tensor, b: Tensor) -> tuple[float, float]:
     """`<a, b>` and `<b, b>`, summed alike, so that they are equal where `a` is `b` wherever `b` is not zero."""
     library = _library(a, None, b)
@@ -88,6 +104,19 @@ def _library(x: Tensor, mask: Tensor | None, *others: Tensor) -> ctypes.CDLL | N
             return None
     if mask is not None and (type(mask) is not Tensor or mask.shape != shape or mask.stride() != stride):
         return None
+    return _loaded()
+
+
+def _multiplies(grad: Tensor, x: Tensor, mask: Tensor) -> bool:
+    """Whether a product in C++ that masks as it writes beats the vendor's and a pass that masks."""
+    if torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad):
+        return False
+    plain = all(type(t) is Tensor and t.is_cpu and t.dtype == torch.float32 for t in (grad, x)) and mask.is_contiguous()
+    library = _loaded() if plain and mask.numel() >= FEWEST_WEIGHTS and x.shape[0] <= MOST_ROWS else None
+    return library is not None and library.sfx_lanes() >= FEWEST_LANES
+
+
+def _loaded() -> ctypes.CDLL | None:
     try:
         return load()
     except CompilerUnavailable:

@@ -56,6 +56,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle:
     return _Eager.apply(x, weight, bias, mask, handle, None, None, False, None)
 
 
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int) -> Tensor:
+    """`linear` with dense kernels in every pass; not in a compiled graph."""
+    return _DenseLinear.apply(x, weight, bias, mask, handle)
+
+
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -83,6 +88,21 @@ class _Eager(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         grads = ctx.runtime.backward(ctx.spec, grad, x, weight, mask, wanted, ctx.prologue, ctx.centred, ctx.carried)
         return (*grads, *[None] * 5, None if ctx.added is None else grad.to(ctx.added))
+
+
+class _DenseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int) -> Tensor:
+        ctx.save_for_backward(x, weight, mask)
+        ctx.handle = handle
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, mask = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = Runtime.of(ctx.handle).backward(None, grad, x, weight, mask, wanted, dense=True)
+        return *grads, None, None
 
 
 def _strided(out: Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsefx.kernels.masking import masked_, masked_product
 from sparsefx.kernels.spec import ConvSpec
 
 
@@ -30,7 +31,9 @@ class Dense:
 
     def wgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         """Gradient of the existing weights, zero at the missing ones."""
-        return self.dense_wgrad(spec, grad, x, weight).masked_fill_(~mask, 0)
+        if spec is None:
+            return masked_product(grad, x, mask)[0]
+        return masked_(self.dense_wgrad(spec, grad, x, weight), mask)
 
     def dense_wgrad(self, spec: ConvSpec | None, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Gradient of all weights, as if none were missing."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from sparsefx.kernels.blocked import CONVERTED_DENSE, prepared
-from sparsefx.kernels.masking import any_nonzero, masked, masked_
+from sparsefx.kernels.masking import any_nonzero, masked, masked_, masked_product
 from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.spec import ConvSpec, Prologue, bias_grad
 
@@ -161,8 +161,13 @@ class Runtime:
         prologue: Prologue | None = None,
         centred: bool = False,
         carried: Carried | None = None,
+        dense: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of input, weight and bias, each where `wanted`; the weight's is zero where the mask is False."""
+        """Gradients of input, weight and bias, each where `wanted`; the weight's is zero where the mask is False.
+
+        Args:
+            dense: Run masked dense, whatever `choose` says.
+        """
         for_bias = bias_grad(grad, spec, centred) if wanted[2] else None
         masked_dense = dense_for(spec)
         if torch.is_grad_enabled():  # for a double backward: differentiable, and masked when it reaches the weight
@@ -170,7 +175,7 @@ class Runtime:
             for_input = masked_dense.dgrad(spec, grad, x, weight) if wanted[0] else None
             for_weight = masked_dense.dense_wgrad(spec, grad, x, weight) if wanted[1] else None
             return for_input, for_weight, for_bias
-        choose = self.choose or (lambda *_: masked_dense)
+        choose = self.choose if self.choose and not dense else lambda *_: masked_dense
         dgrad = choose("dgrad", spec, x, grad, weight, mask) if wanted[0] else None
         wgrad = (
             (masked_dense if self.collecting else choose("wgrad", spec, x, grad, weight, mask)) if wanted[1] else None
@@ -182,15 +187,16 @@ class Runtime:
             x = x if arguments else prepared(x, prologue, _images(spec))
         if wgrad is masked_dense:
             if dgrad is masked_dense and spec is not None:
-                for_input, dense = masked_dense.both(spec, grad, x, weight)
+                for_input, whole = masked_dense.both(spec, grad, x, weight)
             else:
                 for_input = dgrad.dgrad(spec, grad, x, reached) if dgrad else None
-                dense = masked_dense.dense_wgrad(spec, grad, x, weight)
-            if self.collecting:
-                self._stage(dense)
-                for_weight = masked(dense, mask)
+                whole = None if spec is None else masked_dense.dense_wgrad(spec, grad, x, weight)
+            if whole is None:
+                for_weight, whole = masked_product(grad, x, mask, keep=self.collecting)
             else:
-                for_weight = masked_(dense, mask)
+                for_weight = masked(whole, mask) if self.collecting else masked_(whole, mask)
+            if self.collecting and whole is not None:
+                self._stage(whole)
         else:
             for_input = dgrad.dgrad(spec, grad, x, reached) if dgrad else None
             for_weight = wgrad.wgrad(spec, grad, x, weight, mask, *arguments) if wgrad else None

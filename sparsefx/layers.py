@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsefx.errors import CheckpointError, LayerError, MaskError
 from sparsefx.kernels import ops
+from sparsefx.kernels.cpu.dense_wgrad import FEWEST_WEIGHTS
 from sparsefx.kernels.masking import masked_
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
@@ -240,8 +241,21 @@ class SparseLinear(SparseLayer, nn.Linear):
         x, weight, bias = self._operands(input)
         mask, runtime = self.weight_mask, self._runtime
         if not torch.compiler.is_compiling() and runtime.dense and runtime.choose.runs_dense(self, x):
-            return F.linear(x, weight, bias)  # what the operator would do, to the bit; the weight's hook masks
+            return self._run_dense(x, weight, bias)
         return ops.linear(x, weight, bias, mask, runtime.handle)
+
+    def run_dense(self, input: Tensor) -> Tensor:
+        """`forward` with dense kernels in every pass; the weight's gradient is masked, where its hook is."""
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type):
+            return F.linear(input, self.weight, self.bias)
+        return self._run_dense(input, self.weight, self.bias)
+
+    def _run_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A large gradient is masked as it is written, a small one by the weight's hook, which costs less then."""
+        large = weight.numel() >= FEWEST_WEIGHTS and weight.requires_grad and torch.is_grad_enabled()
+        if large and not self._full and not self._runtime.full:
+            return ops.dense_linear(x, weight, bias, self.weight_mask, self._runtime.handle)
+        return F.linear(x, weight, bias)
 
 
 class SparseAttentionProjection(SparseLinear, nn.modules.linear.NonDynamicallyQuantizableLinear):

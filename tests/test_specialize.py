@@ -200,7 +200,7 @@ def test_sparse_kernels_are_tried_for_nearly_full_layers_only_where_these_are_th
 
 
 def mlp(density=0.3, **scheduler):
-    net = nn.Sequential(nn.Linear(70, 90), nn.ReLU(), nn.Linear(90, 10))
+    net = nn.Sequential(nn.Linear(70, 240), nn.ReLU(), nn.Linear(240, 10))
     return sparsefx.sparsify(net, density, scheduler=sparsefx.SparseMomentum(**scheduler))
 
 

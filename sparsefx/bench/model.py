@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ _TRIED = 3
 UPDATES, EVERY = 3, 3
 """Updates that are timed, and steps to one. Steps in and out of the window are timed with the masks as they were drawn:
 a few updates in a row move most weights to the layers that are nearest to the images and cost the most."""
+_SPARSE = "sparse"
 _ENDLESS = 1_000_000
 """An interval whose update never comes."""
 
@@ -126,10 +127,8 @@ def _more(
         parts = row["breakdown"]["sparse"]
         row["optimizer_share"] = parts.get("optimizer and masks", 0.0) / sum(parts.values())
     if "inference" in request.parts:
-        row["inference"] = {
-            str(size): _inference(setting, size, trainers, outside, memory_format, request.rounds, say)
-            for size in (1, 128)
-        }
+        served = _served(setting, request, trainers, memory_format, outside, say)
+        row["inference"] = {str(size): _inference(setting, size, served, request.rounds, say) for size in (1, 128)}
     if "epoch" in request.parts:
         row["epoch"] = _epoch(setting, request, trainers[best], memory_format, say)
     return row
@@ -185,46 +184,64 @@ def _backends(trainer: Trainer) -> dict[str, dict[str, str]]:
     return {name: scheduler.specializer.backends(layer) for name, layer in scheduler.layers.items()}
 
 
-@torch.no_grad()
-def _inference(
-    setting: Setting,
-    batch: int,
-    trainers: dict[str, Trainer],
-    ours: Trainer,
-    memory_format: str,
-    rounds: int,
-    say: Say,
-) -> dict[str, Any]:
-    """Milliseconds of a forward pass in eval mode."""
-    say(f"inference, batch {batch}")
-    images, _ = setting.data(batch)
-    calls: dict[str, Callable[[], Any]] = {}
-    for name, trainer in {**trainers, "sparse": ours}.items():
-        trainer.model.eval()
-        calls[name] = _Forward(trainer, stored(images, memory_format if name == "sparse" else name.split()[0]))
-        try:
-            calls[name]()
-            calls[name]()
-        except Exception as error:  # as above
-            say(f"inference: {name} does not run ({type(error).__name__})")
-            del calls[name]
-    measured = interleaved(calls, 3 * rounds if batch == 1 else rounds, rare=HALF)
-    for trainer in (*trainers.values(), ours):
-        trainer.model.train()
-    rows = {name: ms(times) for name, times in measured.items()}
-    best = min((name for name in rows if name != "sparse" and name not in HALF), key=lambda name: rows[name]["ms"])
-    return {**rows, "best_dense": best, "ratio": rows[best]["ms"] / rows["sparse"]["ms"]}
+def _served(
+    setting: Setting, request: Request, trainers: dict[str, Trainer], memory_format: str, ours: Trainer, say: Say
+) -> "dict[str, _Served]":
+    """Whatever a user may pick for inference: the dense baselines, and the sparse network in all their variants.
+
+    Args:
+        ours: The sparse network, stored in `memory_format`.
+    """
+    found = {name: _Served(trainer, trainer.run, name.split()[0]) for name, trainer in trainers.items()}
+    for name in dict.fromkeys(name.split()[0] for name in trainers):
+        say(f"inference: building the sparse network in {name}")
+        trainer = ours if name == memory_format else _sparse(setting, request, name)
+        found[f"{_SPARSE} {name}"] = _Served(trainer, trainer.run, name)
+        if f"{name} compiled" in trainers:
+            found[f"{_SPARSE} {name} compiled"] = _Served(trainer, torch.compile(trainer.model), name)
+    return found
 
 
-class _Forward:
-    """A call of a network on a batch."""
+@dataclass(frozen=True)
+class _Served:
+    """A network in eval mode on a batch, or on none yet."""
 
-    def __init__(self, trainer: Trainer, images: torch.Tensor) -> None:
-        self.trainer, self.images = trainer, images
+    trainer: Trainer
+    run: Callable[[torch.Tensor], Any]
+    memory_format: str
+    images: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def on(self, images: torch.Tensor) -> "_Served":
+        return replace(self, images=stored(images, self.memory_format))
 
     def __call__(self) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.trainer.half):
-            self.trainer.run(self.images)
+            self.run(self.images)
+
+
+@torch.no_grad()
+def _inference(setting: Setting, batch: int, served: dict[str, _Served], rounds: int, say: Say) -> dict[str, Any]:
+    """Milliseconds of a forward pass in eval mode."""
+    say(f"inference, batch {batch}")
+    images, _ = setting.data(batch)
+    calls: dict[str, _Served] = {}
+    for name, network in served.items():
+        network.trainer.model.eval()
+        calls[name] = network.on(images)
+        try:
+            calls[name]()
+            calls[name]()
+        except Exception as error:  # a baseline that torch cannot run must not end the benchmark
+            say(f"inference: {name} does not run ({type(error).__name__})")
+            del calls[name]
+    measured = interleaved(calls, 3 * rounds if batch == 1 else rounds, rare=HALF)
+    for network in served.values():
+        network.trainer.model.train()
+    rows = {name: ms(times) for name, times in measured.items()}
+    ours = [name for name in rows if name.startswith(_SPARSE)]
+    dense = [name for name in rows if name not in HALF and name not in ours]
+    fastest, best = (min(names, key=lambda name: rows[name]["ms"]) for names in (ours, dense))
+    return {**rows, "best_dense": best, "best_sparse": fastest, "ratio": rows[best]["ms"] / rows[fastest]["ms"]}
 
 
 def _epoch(setting: Setting, request: Request, best: Trainer, memory_format: str, say: Say) -> dict[str, float]:

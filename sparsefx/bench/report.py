@@ -37,7 +37,7 @@ def text(row: dict[str, Any]) -> str:
     for size, one in row.get("inference", {}).items():
         lines.append(
             f"  inference {size}: dense {one[one['best_dense']]['ms']:.2f} ms ({one['best_dense']}), "
-            f"sparse {one['sparse']['ms']:.2f} ms, ratio {one['ratio']:.2f}"
+            f"{one['best_sparse']} {one[one['best_sparse']]['ms']:.2f} ms, ratio {one['ratio']:.2f}"
         )
     if "epoch" in row:
         epoch = row["epoch"]

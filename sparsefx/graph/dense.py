@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from sparsefx.graph.trace import Container, why_called
-from sparsefx.layers import SparseLayer
+from sparsefx.layers import SparseLayer, SparseLinear
 
 
 def dense(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, tuple[Container, ...], tuple[SparseLayer, ...]]:
@@ -40,4 +40,6 @@ def dense(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, tuple[Container,
 
 def run_dense(layer: SparseLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The layer as an instance of its torch class."""
+    if isinstance(layer, SparseLinear):
+        return layer.run_dense(x, *args, **kwargs)
     return layer.base.forward(layer, x, *args, **kwargs)

@@ -18,6 +18,7 @@ from sparsefx.graph.fuse import fuse
 from sparsefx.graph.layout import DTYPES, assign, record
 from sparsefx.graph.snapshot import RandomState, State
 from sparsefx.graph.trace import Container, Interpreter
+from sparsefx.kernels.spec import is_channels_last
 from sparsefx.layers import SparseLayer
 
 Choose = Callable[[tuple, dict[str, Callable[[], Any]]], str]
@@ -188,10 +189,10 @@ def observed(model: nn.Module) -> bool:
 
 
 def call_key(inputs: tuple[Tensor, ...]) -> tuple:
-    """What the choice depends on: shapes and types, whether there will be a backward pass, autocast."""
+    """What the choice depends on: shapes, types and memory formats, whether a backward pass follows, autocast."""
     device = inputs[0].device.type if inputs else "cpu"
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return torch.is_grad_enabled(), cast, *((x.shape, x.dtype) for x in inputs)
+    return torch.is_grad_enabled(), cast, *((x.shape, x.dtype, is_channels_last(x)) for x in inputs)
 
 
 def step(call: Callable, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -41,6 +41,10 @@ def test_a_row_is_consistent():
         assert row["breakdown"]["dense"][kind] > 0
     assert 0 < row["optimizer_share"] < 1
     assert set(row["inference"]) == {"1", "128"}
+    for one in row["inference"].values():
+        assert set(one) - {"best_dense", "best_sparse", "ratio"} == {*row["dense"], "sparse nchw", "sparse nhwc"}
+        assert one["best_sparse"] == min(("sparse nchw", "sparse nhwc"), key=lambda name: one[name]["ms"])
+        assert one["ratio"] == pytest.approx(one[one["best_dense"]]["ms"] / one[one["best_sparse"]]["ms"])
     assert row["memory"]["sparse_activations"] > 0
     assert any("warming up nhwc" in line for line in said)
     row["threads"] = 1

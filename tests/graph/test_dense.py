@@ -12,6 +12,7 @@ from torch import nn
 import sparsefx
 from sparsefx.errors import TraceWarning
 from sparsefx.graph.dense import run_dense
+from sparsefx.kernels import ops
 from sparsefx.specialize import Specializer
 
 
@@ -24,7 +25,7 @@ def make(**options) -> tuple[nn.Module, nn.Module]:
     """A sparsified model, and a dense copy with the same weights."""
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.ConvTranspose2d(8, 4, 2), nn.Flatten(), nn.Linear(4 * 49, 10), nn.ReLU(), nn.Linear(10, 10),
+        nn.ConvTranspose2d(8, 4, 2), nn.Flatten(), nn.Linear(4 * 49, 100), nn.ReLU(), nn.Linear(100, 10),
     )  # fmt: skip
     twin = copy.deepcopy(net)
     model = sparsefx.sparsify(net, 0.3, **options)
@@ -52,10 +53,44 @@ def test_outputs_and_gradients_are_the_masked_ones_of_a_dense_model(collecting):
     for name, layer in model.scheduler.layers.items():
         whole = twin.get_parameter(name).grad
         assert whole is not None
-        assert torch.equal(layer.weight.grad, whole * layer.weight_mask), name
+        torch.testing.assert_close(layer.weight.grad, whole * layer.weight_mask, msg=name)
+        missing = ~layer.weight_mask
+        assert not layer.weight.grad[missing].any()
         if collecting:
-            missing = ~layer.weight_mask
-            assert torch.equal(layer.runtime.collected[missing], whole[missing]), name
+            torch.testing.assert_close(layer.runtime.collected[missing], whole[missing], msg=name)
+
+
+@pytest.mark.usefixtures("dense_graph")
+def test_gradients_of_gradients_are_those_of_a_dense_model():
+    model, twin = make()
+    x = torch.randn(4, 3, 6, 6, requires_grad=True)
+    model(x.detach())
+    for net in (model, twin):
+        (slope,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+    assert ran_dense(model) == ["0", "3", "5", "7"]
+    for name, layer in model.scheduler.layers.items():
+        whole = twin.get_parameter(name).grad
+        assert whole is not None
+        torch.testing.assert_close(layer.weight.grad, whole * layer.weight_mask, msg=name)
+
+
+@pytest.mark.usefixtures("dense_graph")
+def test_only_large_linear_layers_mask_their_gradients_as_they_write_them(monkeypatch):
+    masked: list[torch.Size] = []
+    real = ops.dense_linear
+    monkeypatch.setattr(ops, "dense_linear", lambda *args: masked.append(args[1].shape) or real(*args))
+    model, _ = make()
+    x = torch.randn(4, 3, 6, 6)
+    model(x)
+    masked.clear()
+    model(x)
+    assert masked == [(100, 196)]
+    with torch.no_grad():
+        model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    assert len(masked) == 1
 
 
 @pytest.mark.usefixtures("dense_graph")

@@ -303,6 +303,18 @@ def test_a_dropout_that_drops_nothing_is_left_out():
     assert not any("drop" in node.name for node in model.graph.nodes)
 
 
+def test_images_in_channels_last_are_measured_for_themselves():
+    """Which graph is the fastest depends on the memory format; with one choice for both, one of them ran the slower."""
+    model, _ = pair(NETS["vgg"](), image())
+    chooser, asked = model._sparsefx.current(model).chooser, []
+    chooser.choose = lambda key, calls: asked.append(key) or prefer_regions(calls)
+    x = image(6)
+    with torch.no_grad():
+        for images in (x, x.contiguous(memory_format=torch.channels_last)) * 2:
+            model(images)
+    assert len(asked) == len(set(asked)) == 2
+
+
 def test_ever_new_shapes_are_not_measured_for_ever():
     model, _ = pair(NETS["vgg"](), image())
     chooser, asked = model._sparsefx.current(model).chooser, []

@@ -96,3 +96,33 @@ def test_any_nonzero(value, size):
     x = torch.zeros(size)
     x[size // 2] = value
     assert masking.any_nonzero(x) == (value != 0)
+
+
+def test_a_masked_product_of_any_tensors(monkeypatch):
+    o, i = 111, 148
+    mask = torch.rand(o, i) < 0.5
+    cases = {
+        "rows": (torch.randn(5, o), torch.randn(5, i)),
+        "batches": (torch.randn(2, 3, o), torch.randn(2, 3, i)),
+        "expanded": (torch.ones(1, 1).expand(5, o), torch.randn(i, 5).T),
+        "deep": (torch.randn(1000, o), torch.randn(1000, i)),
+        "float64": (torch.randn(5, o).double(), torch.randn(5, i).double()),
+    }
+    for compiler in (True, False):
+        if not compiler:
+            monkeypatch.setattr(masking, "_loaded", lambda: None)
+        for name, (g, x) in cases.items():
+            wanted = torch.einsum("no,ni->oi", g.double().reshape(-1, o), x.double().reshape(-1, i))
+            for keep in (False, True):
+                masked, dense = masking.masked_product(g, x, mask, keep=keep)
+                torch.testing.assert_close(masked.double(), wanted * mask, rtol=1e-4, atol=1e-4, msg=name)
+                assert (dense is not None) is keep
+                if dense is not None:
+                    torch.testing.assert_close(dense.double(), wanted, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_masked_product_that_is_differentiated_again_stays_in_the_graph():
+    mask = torch.rand(150, 130) < 0.5
+    g, x = torch.randn(5, 150, requires_grad=True), torch.randn(5, 130)
+    (grad,) = torch.autograd.grad(masking.masked_product(g, x, mask)[0].sum(), g)
+    torch.testing.assert_close(grad, x @ mask.float().T)

@@ -39,6 +39,9 @@ int sfx_conv_wgrad(void* layer, int dtype, const void* grad, const void* in, int
 // The gradient of all weights, existing or not; shape as in sfx_layer_new, fp32, out as the weight lies in memory.
 int sfx_conv_dense_wgrad(const int64_t* shape, const float* grad, const float* in, int64_t images, int64_t h, int64_t w,
                          int channels_last, float* out, int threads);
+// The same of a linear layer, zero where mask is, and in `dense`, unless it is null, everywhere.
+int sfx_linear_dense_wgrad(const float* grad, const float* in, int64_t rows, int64_t outs, int64_t ins,
+                           const uint8_t* mask, float* masked, float* dense, int threads);
 // Linear layers take the values, or a dense weight of `dtype` that is collected into them first; and give a dense
 // gradient of the weight, zero where none exists.
 int sfx_linear_gather(void* layer, int kind, int dtype, const void* in, int64_t images, const void* weight,

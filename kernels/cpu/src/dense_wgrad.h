@@ -1,4 +1,4 @@
-// The gradient of all weights of a convolution, existing or not.
+// The gradient of all weights of a layer, existing or not.
 #pragma once
 #include "geometry.h"
 
@@ -9,5 +9,10 @@ namespace sfx {
 // threads only.
 void dense_wgrad(const ConvShape& shape, const float* grad, const float* x, int64_t blocks, int64_t h, int64_t w,
                  bool channels_last, float* out, int threads);
+
+// masked [outs, ins] from grad [rows, outs] and x [rows, ins], zero where mask [outs, ins] is; `dense`, which may be null,
+// gets what is not masked too. The result does not depend on the number of threads.
+void linear_dense_wgrad(const float* grad, const float* x, int64_t rows, int64_t outs, int64_t ins, const uint8_t* mask,
+                        float* masked, float* dense, int threads);
 
 }  // namespace sfx

@@ -201,6 +201,11 @@ int sfx_conv_dense_wgrad(const int64_t* shape, const float* grad, const float* i
   });
 }
 
+int sfx_linear_dense_wgrad(const float* grad, const float* in, int64_t rows, int64_t outs, int64_t ins,
+                           const uint8_t* mask, float* masked, float* dense, int threads) {
+  return guarded([&] { linear_dense_wgrad(grad, in, rows, outs, ins, mask, masked, dense, team(threads)); });
+}
+
 int sfx_conv_pixels(void* layer, int dtype, const void* in, int64_t images, int64_t h, int64_t w, const float* values,
                     const float* bias, int relu, void* out, int threads) {
   return guarded([&] {
