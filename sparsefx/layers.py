@@ -245,7 +245,7 @@ class SparseLinear(SparseLayer, nn.Linear):
         return ops.linear(x, weight, bias, mask, runtime.handle)
 
     def run_dense(self, input: Tensor) -> Tensor:
-        """`forward` with dense kernels in every pass; the weight's gradient is masked, where its hook is."""
+        """`forward` with dense kernels in every pass, for a weight with a hook that masks its gradient."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type):
             return F.linear(input, self.weight, self.bias)
         return self._run_dense(input, self.weight, self.bias)
@@ -253,7 +253,7 @@ class SparseLinear(SparseLayer, nn.Linear):
     def _run_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A large gradient is masked as it is written, a small one by the weight's hook, which costs less then."""
         large = weight.numel() >= FEWEST_WEIGHTS and weight.requires_grad and torch.is_grad_enabled()
-        if large and not self._full and not self._runtime.full:
+        if large and x.is_cpu and not self._full and not self._runtime.full:
             return ops.dense_linear(x, weight, bias, self.weight_mask, self._runtime.handle)
         return F.linear(x, weight, bias)
 
