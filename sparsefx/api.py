@@ -73,7 +73,8 @@ def sparsify(
     bound = Scheduler(config, layers, units, density, seed, specializer)
     bound.rebind(layers)
     extras = {"scheduler": bound, "dense": selection.dense}
-    program = install(model, is_leaf=is_leaf, mixins=(Checked,), extras=extras, choose=GraphChoice(specializer))
+    choose = GraphChoice(specializer)
+    program = install(model, is_leaf=is_leaf, mixins=(Checked,), extras=extras, choose=choose, own=density == 1)
     ignore_masks(model)
     if example_inputs is not None:
         program.verify(model, *((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))

@@ -164,6 +164,21 @@ def test_density_one_is_the_dense_model_with_no_hook() -> None:
         assert torch.equal(ours, expected)
 
 
+def test_density_one_runs_the_models_own_forward_and_nothing_else() -> None:
+    shapes = []
+
+    class Watched(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            shapes.append(tuple(input.shape))
+            return super().forward(input)
+
+    model = sparsefx.sparsify(Watched(nn.Linear(8, 4), nn.ReLU()), 1.0, example_inputs=torch.ones(2, 8))
+    assert not shapes
+    for n in (1, 2, 3):
+        model(torch.ones(n, 8))
+    assert shapes == [(1, 8), (2, 8), (3, 8)]
+
+
 def test_where_almost_everything_exists_updates_still_keep_the_count() -> None:
     torch.manual_seed(0)
     model = sparsefx.sparsify(net(torch.float32), 0.9995)

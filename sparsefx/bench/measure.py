@@ -1,5 +1,6 @@
 """Interleaved timing, and the average of a training step over an update interval."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,16 +28,18 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each call, by name: in every round each has a turn, so that drift of the machine hits all alike.
 
-    A turn is one call, or the mean of as many as `TURN` seconds hold.
+    The order is drawn anew for each round: a call that always came after the same other would always find the caches
+    and the memory as that one leaves them. A turn is one call, or the mean of as many as `TURN` seconds hold.
 
     Args:
         rare: Names of calls that run in every fourth round only, from the first on.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     for round_ in range(rounds):
-        for name, call in calls.items():
-            if name in rare and round_ % RARELY:
-                continue
+        turns = [name for name in calls if name not in rare or round_ % RARELY == 0]
+        for name in order.sample(turns, len(turns)):
+            call = calls[name]
             start, count, seconds = clock(), 0, 0.0
             while not count or seconds + seconds / count <= TURN:
                 call()

@@ -29,13 +29,17 @@ class Program:
 
     Attributes:
         extras: What `install` was given to keep.
+        own: Whether the own forward runs for good.
     """
 
-    def __init__(self, base: type[nn.Module], is_leaf: IsLeaf, choose: Choose, extras: dict[str, Any]) -> None:
+    def __init__(
+        self, base: type[nn.Module], is_leaf: IsLeaf, choose: Choose, extras: dict[str, Any], own: bool
+    ) -> None:
         self.base = base
         self.is_leaf = is_leaf
         self.choose = choose
         self.extras = extras
+        self.own = own
         self._boundaries: dict[str, str] = {}
         self._active: Compiled | None = None
         self._graphs: list[Compiled] = []
@@ -89,6 +93,8 @@ class Program:
 
     def verify(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Check the graphs of both modes against the own forward; the model is left as it was."""
+        if self.own:
+            return
         modes = [(module, module.training) for module in model.modules()]
         for training in (not model.training, model.training):
             before, generators = State(model), RandomState()
@@ -157,6 +163,7 @@ def install(
     extras: dict[str, Any],
     mixins: tuple[type, ...] = (),
     choose: Choose = lambda key, calls: LAYERS,
+    own: bool = False,
 ) -> Program:
     """Give a model its generated forward.
 
@@ -166,11 +173,12 @@ def install(
         extras: Kept with the model, copied and pickled with it; `"scheduler"` becomes `model.scheduler`.
         mixins: Put before the user's class.
         choose: Which of several equal graphs to run.
+        own: Run the own forward for good, as where every layer stays dense; `model.graph` is then for reading only.
     Raises:
         LayerError: the model has an attribute `graph` or `scheduler` of its own; nothing is changed.
     """
     check_names(model)
-    program = Program(type(model), is_leaf, choose, extras)
+    program = Program(type(model), is_leaf, choose, extras, own)
     model.__dict__[STATE] = program
     model.__class__ = _subclass(type(model), mixins)
     return program
@@ -194,6 +202,8 @@ def program_of(model: nn.Module) -> Program | None:
 def _subclass(base: type[nn.Module], mixins: tuple[type, ...]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         program: Program = self.__dict__[STATE]
+        if program.own:
+            return base.forward(self, *args, **kwargs)
         compiled = program.current(self)
         if compiled is None or compiled.rejected:
             return base.forward(self, *args, **kwargs)

@@ -1,5 +1,8 @@
 """Interleaving, and the average of a step over an update interval, on a clock that the test winds."""
 
+import functools
+import itertools
+
 import pytest
 
 from sparsefx.bench.measure import TURN, UpdateTimes, amortize, interleaved, ms
@@ -30,7 +33,7 @@ def timed(seconds, updates):
     return times
 
 
-def test_calls_alternate_and_their_times_are_theirs():
+def test_calls_take_turns_and_their_times_are_theirs():
     order, now = [], [0.0]
 
     def call(name, seconds):
@@ -39,9 +42,20 @@ def test_calls_alternate_and_their_times_are_theirs():
 
     calls = {"a": lambda: call("a", 1.0), "b": lambda: call("b", 3.0)}
     assert interleaved(calls, 3, lambda: now[0]) == {"a": [1.0] * 3, "b": [3.0] * 3}
-    assert order == ["a", "b"] * 3
+    assert [sorted(order[i : i + 2]) for i in range(0, 6, 2)] == [["a", "b"]] * 3
+    order.clear()
     assert interleaved(calls, 6, lambda: now[0], rare=["b"]) == {"a": [1.0] * 6, "b": [3.0] * 2}
-    assert order[6:] == ["a", "b", "a", "a", "a", "a", "b", "a"]
+    assert [sorted(order[:2]), order[2:5], sorted(order[5:7]), order[7:]] == [["a", "b"], ["a"] * 3, ["a", "b"], ["a"]]
+
+
+def test_no_call_always_follows_the_same_other():
+    order = []
+    calls = {name: functools.partial(order.append, name) for name in "abc"}
+    ticks = itertools.count(0.0, TURN)  # every call takes a whole turn
+    interleaved(calls, 30, lambda: next(ticks))
+    assert len(order) == 90
+    followed = {name: {before for before, after in itertools.pairwise(order) if after == name} for name in calls}
+    assert all(followed[name] >= calls.keys() - {name} for name in calls)
 
 
 def test_short_calls_are_repeated_in_their_turn():
@@ -53,7 +67,10 @@ def test_short_calls_are_repeated_in_their_turn():
 
     calls = {"short": lambda: call("short", TURN / 8.5), "long": lambda: call("long", TURN * 0.75)}
     times = interleaved(calls, 2, lambda: now[0])
-    assert taken == [*["short"] * 8, "long"] * 2
+    turns = [(name, len(list(group))) for name, group in itertools.groupby(taken)]
+    assert sum(n for name, n in turns if name == "short") == 16
+    assert all(n % 8 == 0 for name, n in turns if name == "short")
+    assert taken.count("long") == 2
     assert times["short"] == pytest.approx([TURN / 8.5] * 2)
     assert times["long"] == pytest.approx([TURN * 0.75] * 2)
 
