@@ -23,6 +23,16 @@ inline TileAt strip_at(const PhasePlan& p, int64_t strip) {
   return {y * p.tiling.strip_rows * p.tiling.rows, x * p.tiling.strip_cols * p.tiling.cols, b * p.tiling.batch};
 }
 
+// The k-th tile of a strip, and where its input starts in the strip's packing.
+inline TileAt tile_at(const PhasePlan& p, TileAt strip, int64_t k) {
+  const int64_t y = k / p.tiling.strip_cols, x = k % p.tiling.strip_cols;
+  return {strip.y + y * p.tiling.rows, strip.x + x * p.tiling.cols, strip.batch};
+}
+inline int64_t tile_offset(const PhasePlan& p, int64_t k) {
+  const int64_t y = k / p.tiling.strip_cols, x = k % p.tiling.strip_cols;
+  return y * p.tiling.rows * p.row_bytes + x * p.tiling.cols * p.cell_bytes;
+}
+
 // fprop, and dgrad with the roles exchanged: every output of the pass is written once.
 template <class In, class Out>
 void run_gather(const PassPlan& pass, const In& in, const Out& out, const float* values, Epilogue epilogue,
@@ -66,39 +76,38 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
       ahead.start(int64_t(cells[lists.chunks - 1].record[GROUPS] - cells[0].record[0]) * p.tiling.strip_rows *
                   p.tiling.strip_cols);
     }
-    for (int64_t ty = 0; ty < p.tiling.strip_rows; ++ty)
-      for (int64_t tx = 0; tx < p.tiling.strip_cols; ++tx) {
-        const TileAt tile{strip.y + ty * p.tiling.rows, strip.x + tx * p.tiling.cols, strip.batch};
-        if (tile.y >= p.y.count || tile.x >= p.x.count) continue;
-        const char* base = x + ty * p.tiling.rows * p.row_bytes + tx * p.tiling.cols * p.cell_bytes;
-        Sink sink;
-        const bool direct = out.sink(&sink, table, c0, p, tile, epilogue);
-        for (int64_t c = 0; c < lists.chunks; ++c) {
-          const Cell& cell = lists.cells[block * lists.chunks + c];
-          if (cell.records() == 0) continue;
-          const char* from = base;
-          if (p.one_tile()) {
-            const int64_t first = c * lists.chunk, next = (c + 1) % lists.chunks * lists.chunk;
-            in.pack(x, lists.live.data() + first, std::min(lists.chunk, live - first), p, strip);
-            ahead = next || moves ? in.ahead(lists.live.data() + next, std::min(lists.chunk, live - next), p,
-                                             next ? strip : next_strip)
-                                  : Ahead();
-            ahead.start(cell.records());
-          } else {
-            from += c * lists.chunk * p.channel_bytes;
-          }
-          for (int g = 0; g < GROUPS; ++g)
-            p.kernel->fma(from, p.row_bytes, lists.records.data() + cell.record[g], lists.runs_at(cell.record[g]),
-                          cell.record[g + 1] - cell.record[g], lists.offset.data() + cell.entry[g],
-                          value + first_value[phase] + cell.entry[g], acc, g == WHOLE || g == OPENING,
-                          direct && (g == WHOLE || g == CLOSING) ? &sink : nullptr, ahead);
-        }
-        if (direct) {
-          if (sink.past_caches) fence();
+    for (int64_t k = 0; k < p.tiling.strip_rows * p.tiling.strip_cols; ++k) {
+      const TileAt tile = tile_at(p, strip, k);
+      if (tile.y >= p.y.count || tile.x >= p.x.count) continue;
+      const char* base = x + tile_offset(p, k);
+      Sink sink;
+      const bool direct = out.sink(&sink, table, c0, p, tile, epilogue);
+      for (int64_t c = 0; c < lists.chunks; ++c) {
+        const Cell& cell = lists.cells[block * lists.chunks + c];
+        if (cell.records() == 0) continue;
+        const char* from = base;
+        if (p.one_tile()) {
+          const int64_t first = c * lists.chunk, next = (c + 1) % lists.chunks * lists.chunk;
+          in.pack(x, lists.live.data() + first, std::min(lists.chunk, live - first), p, strip);
+          ahead = next || moves ? in.ahead(lists.live.data() + next, std::min(lists.chunk, live - next), p,
+                                           next ? strip : next_strip)
+                                : Ahead();
+          ahead.start(cell.records());
         } else {
-          out.unpack(acc, c0, width, p, tile, epilogue);
+          from += c * lists.chunk * p.channel_bytes;
         }
+        for (int g = 0; g < GROUPS; ++g)
+          p.kernel->fma(from, p.row_bytes, lists.records.data() + cell.record[g], lists.runs_at(cell.record[g]),
+                        cell.record[g + 1] - cell.record[g], lists.offset.data() + cell.entry[g],
+                        value + first_value[phase] + cell.entry[g], acc, g == WHOLE || g == OPENING,
+                        direct && (g == WHOLE || g == CLOSING) ? &sink : nullptr, ahead);
       }
+      if (direct) {
+        if (sink.past_caches) fence();
+      } else {
+        out.unpack(acc, c0, width, p, tile, epilogue);
+      }
+    }
   }
 }
 
@@ -154,50 +163,51 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
     const int64_t e0 = cells[unit.chunk0].entry[0], n = cells[unit.chunk1 - 1].entry[GROUPS] - e0;
     const int64_t c0 = unit.block * lists.block, width = std::min(lists.block, lists.outputs - c0);
     std::memset(partial, 0, (n + LANES) * 4);
-    const int64_t last = strips * (split + 1) / splits - 1;
+    const int64_t last = strips * (split + 1) / splits - 1, tiles = p.tiling.strip_rows * p.tiling.strip_cols;
     for (int64_t s = strips * split / splits; s <= last; ++s) {
       const TileAt strip = strip_at(p, s), next_strip = strip_at(p, std::min(s + 1, last));
       const int64_t live = int64_t(lists.live.size()), first = unit.chunk0 * lists.chunk;
-      Ahead ahead;
+      const int64_t records = cells[unit.chunk1 - 1].record[GROUPS] - cells[unit.chunk0].record[0];
+      Fetches fetches;
       if (!p.one_tile()) {
         const int64_t n_live = std::min(unit.chunk1 * lists.chunk, live) - first;
         in.pack(x, lists.live.data() + first, n_live, p, strip);
-        if (s < last) ahead = in.ahead(lists.live.data() + first, n_live, p, next_strip);
-        ahead.start(int64_t(cells[unit.chunk1 - 1].record[GROUPS] - cells[unit.chunk0].record[0]) *
-                    p.tiling.strip_rows * p.tiling.strip_cols);
+        if (s < last) fetches.input = in.ahead(lists.live.data() + first, n_live, p, next_strip);
+        fetches.input.start(records * tiles);
       }
-      for (int64_t ty = 0; ty < p.tiling.strip_rows; ++ty)
-        for (int64_t tx = 0; tx < p.tiling.strip_cols; ++tx) {
-          const TileAt tile{strip.y + ty * p.tiling.rows, strip.x + tx * p.tiling.cols, strip.batch};
-          if (tile.y >= p.y.count || tile.x >= p.x.count) continue;
-          int64_t channel_pitch = p.tile_bytes(), row_pitch = p.tiling.cols * p.cell_bytes;
-          const char* held_g = nullptr;
-          if (unit.chunk1 - unit.chunk0 <= IN_PLACE_CHUNKS) held_g = grad.tile_in_place(c0, p, tile, &channel_pitch, &row_pitch);
-          if (!held_g) {
-            grad.pack_tile(g, c0, width, p, tile);
-            held_g = g;
-          }
-          const char* base = x + ty * p.tiling.rows * p.row_bytes + tx * p.tiling.cols * p.cell_bytes;
-          for (int64_t c = unit.chunk0; c < unit.chunk1; ++c) {
-            const Cell& cell = cells[c];
-            if (cell.entry[GROUPS] == cell.entry[0]) continue;
-            const char* from = base;
-            if (p.one_tile()) {
-              const bool wraps = c + 1 == unit.chunk1;
-              const int64_t at = c * lists.chunk, next = wraps ? first : at + lists.chunk;
-              in.pack(x, lists.live.data() + at, std::min(lists.chunk, live - at), p, strip);
-              ahead = !wraps || s < last ? in.ahead(lists.live.data() + next, std::min(lists.chunk, live - next), p,
-                                                    wraps ? next_strip : strip)
-                                         : Ahead();
-              ahead.start(cell.records());
-            } else {
-              from += (c - unit.chunk0) * lists.chunk * p.channel_bytes;
-            }
-            p.kernel->dot(from, p.row_bytes, lists.records.data() + cell.record[0], lists.runs_at(cell.record[0]),
-                          cell.records(), lists.offset.data() + cell.entry[0], held_g, channel_pitch, row_pitch,
-                          partial + (cell.entry[0] - e0), ahead);
-          }
+      for (int64_t k = 0; k < tiles; ++k) {
+        const TileAt tile = tile_at(p, strip, k);
+        if (tile.y >= p.y.count || tile.x >= p.x.count) continue;
+        int64_t channel_pitch = p.tile_bytes(), row_pitch = p.tiling.cols * p.cell_bytes;
+        const char* held_g = nullptr;
+        if (unit.chunk1 - unit.chunk0 <= IN_PLACE_CHUNKS) held_g = grad.tile_in_place(c0, p, tile, &channel_pitch, &row_pitch);
+        if (!held_g) {
+          grad.pack_tile(g, c0, width, p, tile);
+          held_g = g;
         }
+        fetches.grad = grad.ahead_tile(c0, width, p, k + 1 < tiles ? tile_at(p, strip, k + 1) : next_strip);
+        fetches.grad.start(records);
+        const char* base = x + tile_offset(p, k);
+        for (int64_t c = unit.chunk0; c < unit.chunk1; ++c) {
+          const Cell& cell = cells[c];
+          if (cell.entry[GROUPS] == cell.entry[0]) continue;
+          const char* from = base;
+          if (p.one_tile()) {
+            const bool wraps = c + 1 == unit.chunk1;
+            const int64_t at = c * lists.chunk, next = wraps ? first : at + lists.chunk;
+            in.pack(x, lists.live.data() + at, std::min(lists.chunk, live - at), p, strip);
+            fetches.input = !wraps || s < last ? in.ahead(lists.live.data() + next, std::min(lists.chunk, live - next),
+                                                          p, wraps ? next_strip : strip)
+                                               : Ahead();
+            fetches.input.start(cell.records());
+          } else {
+            from += (c - unit.chunk0) * lists.chunk * p.channel_bytes;
+          }
+          p.kernel->dot(from, p.row_bytes, lists.records.data() + cell.record[0], lists.runs_at(cell.record[0]),
+                        cell.records(), lists.offset.data() + cell.entry[0], held_g, channel_pitch, row_pitch,
+                        partial + (cell.entry[0] - e0), fetches);
+        }
+      }
     }
     std::memcpy(result + split * entries + e0, partial, n * 4);
   }

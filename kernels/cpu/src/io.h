@@ -1,6 +1,7 @@
 // Storage that the drivers read and write, a tile at a time: blocked activations, and rows of features.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "abi.h"
 #include "plan.h"
@@ -89,44 +90,52 @@ struct Blocked {
   }
   template <bool ACTS>
   void pack_as(char* out, const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt at_) const {
+    struct Run {  // of a packed row: lines that are read at equal distances, or zeros where `from` is negative
+      int64_t from, step, lines;
+      bool last;  // of the last block of images
+    };
+    thread_local std::vector<Run> runs;
     const LaneMask tail(ACTS && images % BLOCK ? images % BLOCK : BLOCK), all(BLOCK);
-    const int64_t blocks = (images + BLOCK - 1) / BLOCK, batch = p.tiling.batch;
-    const int64_t y0 = at_.y * p.y.in_step, x0 = at_.x * p.x.in_step;
-    const int64_t rows = p.pack_y.pitch, columns = p.pack_x.pitch;
-    const bool runs = p.x.in_step == 1 && batch == 1;
-    const int64_t first = p.pack_x.source.empty() ? 0 : p.pack_x.source[0] + x0;
-    const int64_t left = std::clamp<int64_t>(-first, 0, columns);
-    const int64_t right = std::clamp<int64_t>(w - first, left, columns);
+    const int64_t blocks = (images + BLOCK - 1) / BLOCK;
+    runs.clear();
+    for (int64_t k = 0; k < p.pack_x.pitch; ++k)
+      for (int64_t b = at_.batch; b < at_.batch + p.tiling.batch; ++b) {
+        const int64_t x = p.pack_x.source[k] + at_.x * p.x.in_step;
+        const int64_t from = x >= 0 && x < w && b < blocks ? at(b, 0, 0, x) - data : -1;
+        const bool last = b + 1 == blocks;
+        Run* run = runs.empty() ? nullptr : &runs.back();
+        if (!run || last != run->last || (from < 0) != (run->from < 0) ||
+            (from >= 0 && run->lines > 1 && from != run->from + run->lines * run->step)) {
+          runs.push_back({from, 0, 1, last});
+        } else if (run->lines++ == 1) {
+          run->step = from - run->from;
+        }
+      }
     for (int64_t c = 0; c < n; ++c) {
       const Prepared<ACTS> prepared(prologue, channel[c]);
-      const auto line = [&](char* to, const T* from, const LaneMask& mask) SFX_LAMBDA {
-        for (int v = 0; v < VECS; ++v) {
-          const vf value = prepared(load_as_float(from + v * LANES));
-          store(to + v * LANES * 4, ACTS ? mask.apply(value, v) : value);
-        }
-      };
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t r = 0; r < p.pack_y.pitch; ++r) {
         char* to = out + c * p.channel_bytes + r * p.row_bytes;
-        const int64_t y = p.pack_y.source[r] + y0;
+        const int64_t y = p.pack_y.source[r] + at_.y * p.y.in_step;
         if (y < 0 || y >= h) {
           std::memset(to, 0, p.row_bytes);
-        } else if (runs) {
-          std::memset(to, 0, left * LINE);
-          const T* from = at(at_.batch, channel[c], y, first + left);
-          const LaneMask& mask = at_.batch + 1 == blocks ? tail : all;
-          for (int64_t i = 0; i < right - left; ++i) line(to + (left + i) * LINE, from + i * BLOCK, mask);
-          std::memset(to + right * LINE, 0, (columns - right) * LINE);
-        } else {
-          for (int64_t k = 0; k < columns; ++k) {
-            const int64_t x = p.pack_x.source[k] + x0;
-            for (int64_t b = 0; b < batch; ++b, to += LINE) {
-              if (x < 0 || x >= w || at_.batch + b >= blocks) {
-                std::memset(to, 0, LINE);
-                continue;
-              }
-              line(to, at(at_.batch + b, channel[c], y, x), at_.batch + b + 1 == blocks ? tail : all);
-            }
+          continue;
+        }
+        const T* row = at(0, channel[c], y, 0);
+        for (const Run& run : runs) {
+          if (run.from < 0) {
+            for (int64_t v = 0; v < run.lines * VECS; ++v, to += LANES * 4) store(to, vf{});
+            continue;
           }
+          const LaneMask& mask = run.last ? tail : all;
+          const T* from = row + run.from;
+          const auto copy = [&](int64_t step) SFX_LAMBDA {
+            for (int64_t k = 0; k < run.lines; ++k)
+              for (int v = 0; v < VECS; ++v, to += LANES * 4) {
+                const vf value = prepared(load_as_float(from + k * step + v * LANES));
+                store(to, ACTS ? mask.apply(value, v) : value);
+              }
+          };
+          run.step == BLOCK ? copy(BLOCK) : copy(run.step);
         }
       }
     }
@@ -149,19 +158,41 @@ struct Blocked {
     return {base, channel, n, pitch, bottom - top, w * cell, (right - left) * cell / 64};
   }
 
+  // What a tile of channels [c0, c0 + n) will read.
+  Ahead ahead_tile(int64_t c0, int64_t n, const PhasePlan& p, TileAt t) const {
+    const int64_t rows = std::min(p.tiling.rows, h - t.y), columns = std::min(p.tiling.cols, w - t.x);
+    if (p.tiling.batch != 1 || rows < 1 || columns < 1) return {};
+    const int64_t cell = BLOCK * sizeof(T);
+    const char* base = reinterpret_cast<const char*>(at(t.batch, c0, t.y, t.x));
+    return {base, nullptr, n, h * w * cell, rows, w * cell, ceil_div(columns * cell, 64)};
+  }
+
   // Copies a tile of outputs of channels [c0, c0 + n) into `out`, [n][rows][columns][batch][16]; zero outside.
   void pack_tile(char* out, int64_t c0, int64_t n, const PhasePlan& p, TileAt t) const {
     const int64_t blocks = (images + BLOCK - 1) / BLOCK;
+    const auto line = [&](const T* from) SFX_LAMBDA {
+      for (int v = 0; v < VECS; ++v) store(out + v * LANES * 4, load_as_float(from + v * LANES));
+      out += LINE;
+    };
+    const int64_t rows = p.tiling.rows, columns = p.tiling.cols;
+    if (p.tiling.batch == 1 && t.y + rows <= p.y.count && t.x + columns <= p.x.count) {
+      for (int64_t c = c0; c < c0 + n; ++c)
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* from = at(t.batch, c, t.y + r, t.x);
+          for (int64_t k = 0; k < columns; ++k) line(from + k * BLOCK);
+        }
+      return;
+    }
     for (int64_t c = c0; c < c0 + n; ++c)
-      for (int64_t r = 0; r < p.tiling.rows; ++r)
-        for (int64_t k = 0; k < p.tiling.cols; ++k)
-          for (int64_t b = 0; b < p.tiling.batch; ++b, out += LINE) {
-            if (t.y + r >= p.y.count || t.x + k >= p.x.count || t.batch + b >= blocks) {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < columns; ++k)
+          for (int64_t b = 0; b < p.tiling.batch; ++b) {
+            if (t.y + r < p.y.count && t.x + k < p.x.count && t.batch + b < blocks) {
+              line(at(t.batch + b, c, t.y + r, t.x + k));
+            } else {
               std::memset(out, 0, LINE);
-              continue;
+              out += LINE;
             }
-            const T* from = at(t.batch + b, c, t.y + r, t.x + k);
-            for (int v = 0; v < VECS; ++v) store(out + v * LANES * 4, load_as_float(from + v * LANES));
           }
   }
 
@@ -291,11 +322,13 @@ struct Rows {
   }
 
   Ahead ahead(const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt t) const {
+    return n < LANES ? Ahead() : ahead_tile(channel[0], int64_t(channel[n - 1]) - channel[0] + 1, p, t);
+  }
+
+  Ahead ahead_tile(int64_t c0, int64_t n, const PhasePlan& p, TileAt t) const {
     const int64_t first = t.batch * BLOCK, rows = std::min(p.tiling.batch * BLOCK, images - first);
-    if (n < LANES) return {};
-    const int64_t bytes = (int64_t(channel[n - 1]) - channel[0] + 1) * int64_t(sizeof(T));
-    const char* base = reinterpret_cast<const char*>(data + first * features);
-    return {base, channel, 1, int64_t(sizeof(T)), rows, features * int64_t(sizeof(T)), (bytes + 63) / 64};
+    const char* base = reinterpret_cast<const char*>(data + first * features + c0);
+    return {base, nullptr, 1, 0, rows, features * int64_t(sizeof(T)), ceil_div(n * int64_t(sizeof(T)), 64)};
   }
 
   void pack_tile(char* out, int64_t c0, int64_t n, const PhasePlan& p, TileAt t) const {

@@ -11,6 +11,8 @@ using namespace sfx;
 namespace {
 
 thread_local char message[256];
+constexpr int64_t LARGEST_ROW = 512 << 10;   // bytes of a dense weight's row that is made in cache
+constexpr int64_t STREAMED_GRAD = 4 << 20;  // a larger gradient has left the caches when the optimizer reads it
 
 template <class Body>
 int guarded(Body body) {
@@ -39,14 +41,28 @@ void collect(const Pattern& p, const uint32_t* column, const T* weight, float* v
       values[e] = to_float(weight[o * p.row_size() + column[e]]);
 }
 
-// The dense gradient: zero where no weight exists.
+// The dense gradient: zero where no weight exists. A large one is made row by row in cache and written past it.
 template <class T>
 void scatter(const Pattern& p, const uint32_t* column, const float* values, T* dense, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t o = 0; o < p.shape.out; ++o) {
-    T* row = dense + o * p.row_size();
-    std::memset(static_cast<void*>(row), 0, p.row_size() * sizeof(T));
-    for (uint32_t e = p.row[o]; e < p.row[o + 1]; ++e) row[column[e]] = from_float<T>(values[e]);
+  const int64_t size = p.row_size(), bytes = size * sizeof(T);
+  const bool past_caches = sizeof(T) == 4 && p.shape.out * bytes >= STREAMED_GRAD && bytes % 64 == 0 &&
+                           bytes <= LARGEST_ROW && uintptr_t(dense) % 64 == 0;
+  char* rows = past_caches ? scratch(1, bytes * threads) : nullptr;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    T* held = rows ? reinterpret_cast<T*>(rows + omp_get_thread_num() * bytes) : nullptr;
+    if (held) std::memset(static_cast<void*>(held), 0, bytes);
+#pragma omp for schedule(static)
+    for (int64_t o = 0; o < p.shape.out; ++o) {
+      T* row = held ? held : dense + o * size;
+      if (!held) std::memset(static_cast<void*>(row), 0, bytes);
+      for (uint32_t e = p.row[o]; e < p.row[o + 1]; ++e) row[column[e]] = from_float<T>(values[e]);
+      if (!held) continue;
+      for (int64_t k = 0; k < size; k += LANES)
+        stream(reinterpret_cast<float*>(dense + o * size + k), load(held + k));
+      for (uint32_t e = p.row[o]; e < p.row[o + 1]; ++e) held[column[e]] = {};
+    }
+    if (held) fence();
   }
 }
 

@@ -152,7 +152,7 @@ SFX_INLINE void multiply(const char* x, int64_t pitch, const uint32_t* offset, u
 template <class T>
 void dot_kernel(const char* x, int64_t pitch, const Record* records, const Runs* runs, int64_t n,
                 const uint32_t* offset, const char* g, int64_t g_channel, int64_t g_row, float* partial,
-                Ahead& ahead) {
+                Fetches& fetches) {
   vf sums[HELD_SUMS];
   uint32_t used = 0;
   for (int64_t r = 0; r < n; ++r) {
@@ -171,7 +171,7 @@ void dot_kernel(const char* x, int64_t pitch, const Record* records, const Runs*
         offset += m;
       }
     });
-    ahead.step();
+    fetches.step();
   }
   flush(sums, used, partial);
 }

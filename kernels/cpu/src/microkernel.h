@@ -17,7 +17,7 @@ struct Record {       // one output channel's run of entries in a chunk
 // would otherwise wait for memory, a channel's rows being far apart.
 struct Ahead {
   const char* base = nullptr;          // `rows` runs of `lines` cache lines for each of `channels`
-  const uint32_t* channel = nullptr;
+  const uint32_t* channel = nullptr;   // their numbers; null: 0, 1, 2, ...
   int64_t channels = 0, channel_bytes = 0, rows = 0, row_bytes = 0, lines = 0;
   int64_t per_record = 0;
 
@@ -42,7 +42,7 @@ struct Ahead {
 
  private:
   void open() {
-    line_ = base + int64_t(channel[channel_at_]) * channel_bytes + row_at_ * row_bytes;
+    line_ = base + (channel ? int64_t(channel[channel_at_]) : channel_at_) * channel_bytes + row_at_ * row_bytes;
     left_ = lines;
   }
   __attribute__((noinline)) void next() {
@@ -54,6 +54,15 @@ struct Ahead {
   }
   const char* line_ = nullptr;
   int64_t left_ = 0, channel_at_ = 0, row_at_ = 0;
+};
+
+// What the weight gradient fetches ahead: the next input to pack, and the next tile of the output's gradient.
+struct Fetches {
+  Ahead input, grad;
+  SFX_INLINE void step() {
+    input.step();
+    grad.step();
+  }
 };
 
 // A clipped tile spans its axes and its packing has no zeros around it: entries whose tap has the first or the last row
@@ -85,7 +94,7 @@ using FmaKernel = void (*)(const char* x, int64_t pitch, const Record* records, 
 // entry are read and written back unchanged.
 using DotKernel = void (*)(const char* x, int64_t pitch, const Record* records, const Runs* runs, int64_t n,
                            const uint32_t* offset, const char* g, int64_t g_channel, int64_t g_row, float* partial,
-                           Ahead& ahead);
+                           Fetches& fetches);
 
 struct Microkernel {
   int rows, vectors;
