@@ -40,6 +40,7 @@ template <class T, int K>
 SFX_INLINE void accumulate(const char* x, int64_t pitch, const uint32_t* offset, const float* value, uint32_t count,
                            vf (&sum)[T::P]) {
   using R = Part<T, K>;
+#pragma GCC unroll 2
   for (uint32_t k = 0; k < count; ++k) {
     const char* p = x + offset[k];
     const vf w = splat(value[k]);

@@ -1,5 +1,9 @@
 #include "plan.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -61,8 +65,8 @@ Footprint footprint(Pitches& y, Pitches& x, const Tiling& t) {
   return {y(t.rows), x(t.cols), 1, false};
 }
 
-// Cycles for one line to be loaded from where a working set of so many bytes lives, as measured on two processors; on
-// Zen 4 above 256 KB what ranks tilings as their times do.
+// Cycles for one line to be loaded from where a working set of so many bytes lives, as measured on three processors; on
+// Zen 4 and 5 above 256 KB what ranks tilings as their times do, and on Zen 5 relative to the other constants of cost().
 struct Level {
   double bytes, cycles;
 };
@@ -70,14 +74,26 @@ constexpr Level CASCADE_LAKE[] = {{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 
                                   {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}};
 constexpr Level ZEN_4[] = {{26 << 10, 1.0}, {64 << 10, 1.5}, {128 << 10, 1.8}, {256 << 10, 1.95},
                            {512 << 10, 3}, {1 << 20, 4.5}, {4 << 20, 5}};
+constexpr Level ZEN_5[] = {{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
+                           {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 4}};
 constexpr size_t LEVELS = std::size(ZEN_4);
+constexpr unsigned ZEN_5_FAMILY = 0x1a;
 
 const Level* levels() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_is("amd")) return ZEN_4;
+  if (__builtin_cpu_is("amd")) {
+    unsigned a = 0, b, c, d;
+    __get_cpuid(1, &a, &b, &c, &d);
+    const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
+    return family >= ZEN_5_FAMILY ? ZEN_5 : ZEN_4;
+  }
 #endif
   return CASCADE_LAKE;
 }
+
+// Cycles to pack a line: of a row of one block of images, of a linear layer's rows, or of several blocks, which nothing
+// fetches ahead.
+constexpr double PACK_ROW = 6, PACK_FEATURES = 12, PACK_BLOCKS = 30;
 
 double load_cycles(double bytes) {
   static const Level* const level = levels();
@@ -117,7 +133,8 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   const double tiles = double(ceil_div(y.count(), t.rows) * ceil_div(x.count(), t.cols) * ceil_div(s.blocks, t.batch));
   tile += double(s.outputs * t.rows * t.batch) * 10;  // each row of a tile is a run of its own
   const double runs = double(s.live * strip_rows * t.batch);
-  const double packing = strips * blocks * (double(s.live) * strip_lines * VECS * (t.batch > 1 ? 12 : 6) + runs * 15);
+  const double line = t.batch == 1 ? PACK_ROW : y.count() * x.count() == 1 ? PACK_FEATURES : PACK_BLOCKS;
+  const double packing = strips * blocks * (double(s.live) * strip_lines * VECS * line + runs * 15);
   double parallel = 1;
   if (s.kind != WGRAD) {
     const double items = strips * blocks;
