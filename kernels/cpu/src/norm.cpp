@@ -48,26 +48,32 @@ void sum_run(int64_t first, int64_t lines, const LaneMask& mask, double (&total)
     }
 }
 
-// Mean and sum of squared deviations, two passes over each run and one over memory; runs are joined as in Chan, Golub
-// and LeVeque 1983, "Algorithms for computing the sample variance".
+// Mean and sum of squared deviations in one pass over memory; runs are joined as in Chan, Golub and LeVeque 1983,
+// "Algorithms for computing the sample variance". Deviations are taken from the mean of the runs before, and a run is
+// only read again, from L1, where that lies farther from its own mean than its values do: little cancels.
 template <class T>
 void moments(const T* x, const Channel& c, double* mean, double* squares) {
   double n = 0;
   *mean = *squares = 0;
   each_run(c, [&](int64_t first, int64_t lines, const LaneMask& mask, int64_t lanes) {
     const double count = double(lines) * double(lanes);
-    double sum[1] = {0}, from_center[2] = {0, 0};
-    sum_run(first, lines, mask, sum, [&](int64_t k, vf* t) { t[0] = load_as_float(x + k); });
-    const float near = float(sum[0] / count);
-    const vf center = splat(near);
-    sum_run(first, lines, mask, from_center, [&](int64_t k, vf* t) {
-      t[0] = load_as_float(x + k) - center;
-      t[1] = t[0] * t[0];
-    });
-    const double off = from_center[0] / count;  // what rounding left of the first sum
-    const double apart = double(near) + off - *mean, total = n + count;
+    float near;
+    double off, square;  // of the run from `near`: mean, and sum of squares
+    const auto from = [&](double center) {
+      near = float(center);
+      double sums[2] = {0, 0};
+      sum_run(first, lines, mask, sums, [&, held = splat(near)](int64_t k, vf* t) {
+        t[0] = load_as_float(x + k) - held;
+        t[1] = t[0] * t[0];
+      });
+      off = sums[0] / count;
+      square = sums[1];
+    };
+    from(*mean);
+    if (n == 0 || off * off * count > 0.5 * square) from(near + off);
+    const double apart = near + off - *mean, total = n + count;
     *mean += apart * count / total;
-    *squares += std::max(0.0, from_center[1] - count * off * off) + apart * apart * n * count / total;
+    *squares += std::max(0.0, square - count * off * off) + apart * apart * n * count / total;
     n = total;
   });
 }
