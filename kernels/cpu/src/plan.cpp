@@ -70,16 +70,21 @@ Footprint footprint(Pitches& y, Pitches& x, const Tiling& t) {
 struct Level {
   double bytes, cycles;
 };
-constexpr Level CASCADE_LAKE[] = {{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35},
-                                  {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}};
-constexpr Level ZEN_4[] = {{26 << 10, 1.0}, {64 << 10, 1.5}, {128 << 10, 1.8}, {256 << 10, 1.95},
-                           {512 << 10, 3}, {1 << 20, 4.5}, {4 << 20, 5}};
-constexpr Level ZEN_5[] = {{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
-                           {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 4}};
-constexpr size_t LEVELS = std::size(ZEN_4);
+constexpr size_t LEVELS = 7;
+struct Machine {
+  Level level[LEVELS];
+  int64_t strip_bytes;  // most that a strip of several tiles may take packed; above L2_BUDGET it is read back from L3
+  double pack_blocks;   // cycles to pack a line of a tile of several blocks of images, which nothing fetches ahead
+};
+constexpr Machine CASCADE_LAKE{{{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35},
+                                {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12};
+constexpr Machine ZEN_4{{{26 << 10, 1.0}, {64 << 10, 1.5}, {128 << 10, 1.8}, {256 << 10, 1.95},
+                         {512 << 10, 3}, {1 << 20, 4.5}, {4 << 20, 5}}, L2_BUDGET, 12};
+constexpr Machine ZEN_5{{{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
+                         {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 4}}, 3 << 20, 30};
 constexpr unsigned ZEN_5_FAMILY = 0x1a;
 
-const Level* levels() {
+const Machine& find_machine() {
 #if defined(__x86_64__)
   if (__builtin_cpu_is("amd")) {
     unsigned a = 0, b, c, d;
@@ -90,13 +95,16 @@ const Level* levels() {
 #endif
   return CASCADE_LAKE;
 }
+const Machine& machine() {
+  static const Machine& found = find_machine();
+  return found;
+}
 
-// Cycles to pack a line: of a row of one block of images, of a linear layer's rows, or of several blocks, which nothing
-// fetches ahead.
-constexpr double PACK_ROW = 6, PACK_FEATURES = 12, PACK_BLOCKS = 30;
+// Cycles to pack a line of a row of one block of images, or of a linear layer's rows, and to read a line back from L3.
+constexpr double PACK_ROW = 6, PACK_FEATURES = 12, READ_BACK = 3;
 
 double load_cycles(double bytes) {
-  static const Level* const level = levels();
+  const Level(&level)[LEVELS] = machine().level;
   if (bytes <= level[0].bytes) return level[0].cycles;
   for (size_t i = 1; i < LEVELS; ++i) {
     const auto [low, below] = level[i - 1];
@@ -133,20 +141,24 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   const double tiles = double(ceil_div(y.count(), t.rows) * ceil_div(x.count(), t.cols) * ceil_div(s.blocks, t.batch));
   tile += double(s.outputs * t.rows * t.batch) * 10;  // each row of a tile is a run of its own
   const double runs = double(s.live * strip_rows * t.batch);
-  const double line = t.batch == 1 ? PACK_ROW : y.count() * x.count() == 1 ? PACK_FEATURES : PACK_BLOCKS;
+  const double line = t.batch == 1 ? PACK_ROW : y.count() * x.count() == 1 ? PACK_FEATURES
+                                                                                 : machine().pack_blocks;
   const double packing = strips * blocks * (double(s.live) * strip_lines * VECS * line + runs * 15);
-  double parallel = 1;
-  if (s.kind != WGRAD) {
-    const double items = strips * blocks;
-    parallel = std::ceil(items / s.threads) * s.threads / items;
+  const double items = strips * blocks;
+  double back = 0;
+  if (t.strip_rows * t.strip_cols > 1 && double(s.live) * strip_lines * LINE > L2_BUDGET) {
+    if (items < 4 * s.threads) return INFINITY;
+    back = items * double(s.live) * strip_lines * VECS * READ_BACK;
   }
-  return (tiles * tile + packing) * parallel;
+  const double parallel = s.kind == WGRAD ? 1 : std::ceil(items / s.threads) * s.threads / items;
+  return (tiles * tile + packing + back) * parallel;
 }
 
 Tiling choose(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, const int64_t* kernel) {
   Pitches y(axis_y, kernel[0]), x(axis_x, kernel[1]);
   int count = 0;
   const Microkernel* table = microkernels(&count);
+  const int64_t most = s.kind == WGRAD ? L2_BUDGET : machine().strip_bytes;
   Tiling best{};
   double best_cost = INFINITY;
   const auto consider = [&](const Tiling& t) {
@@ -176,7 +188,7 @@ Tiling choose(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, cons
               t.strip_rows = std::min(sy, whole_y);
               t.strip_cols = sx;
               const int64_t strip = y(t.rows * t.strip_rows) * x(t.cols * sx) * batch * LINE;
-              if (t.strip_rows * sx == 1 || s.live * strip <= L2_BUDGET) consider(t);
+              if (t.strip_rows * sx == 1 || s.live * strip <= most) consider(t);
             }
         }
     }
