@@ -94,3 +94,12 @@ def test_a_freed_layer_is_an_error():
     torch.ops.sparsefx.linear(*args)
     with pytest.raises(RuntimeError, match="expected a live layer"):
         torch.ops.sparsefx.linear(*args[:-1], 10**9)
+
+
+def test_many_models_of_a_process_all_compile(either_graph):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    for count in range(1, torch._dynamo.config.recompile_limit + 3):
+        model = make()
+        torch.compile(model, fullgraph=True, backend=counter)(torch.randn(4, 3, 8, 8))
+        assert counter.frame_count == count
