@@ -81,6 +81,7 @@ def steps(
                 print(f"{name} {precision}: left out, time is up; run it alone with --models {name}")
                 continue
             batch, density = NETWORKS[name], SETTINGS[name].density
+            torch.backends.cudnn.benchmark = True  # as users set it for speed
             dense = _fastest({f: _step(name, precision, device, f, compiled) for f in FORMATS}, device, rounds)
             for kind in (("column", h), "weight"):
                 sparse = _fastest({"": _step(name, precision, device, "", compiled, density, kind)}, device, rounds)
@@ -128,16 +129,11 @@ def _step(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
     if scheduler is not None:
         scheduler.attach(optimizer, steps_per_update=INTERVAL, total_steps=1000 * INTERVAL)
-        _measure_choices(model, images, labels, precision, device)
-    return step_of(model, torch.compile(model) if compiled else model, optimizer, images, labels, precision, device)
-
-
-def _measure_choices(model: nn.Module, images: Tensor, labels: Tensor, precision: str, device: torch.device) -> None:
-    """One eager pass, in which the backends are measured."""
-    with _precision(precision, device):
-        loss = F.cross_entropy(model(images), labels)
-    loss.backward()
-    model.zero_grad()
+        _gradients(model, images, labels, precision, device)  # eager, so that the backends are measured
+        model.zero_grad()
+    return step_of(
+        model, torch.compile(model, dynamic=False) if compiled else model, optimizer, images, labels, precision, device
+    )
 
 
 def step_of(
@@ -152,9 +148,7 @@ def step_of(
     """Forward, backward and optimizer on one batch."""
 
     def step() -> None:
-        with _precision(precision, device):
-            loss = F.cross_entropy(run_model(images), labels)
-        loss.backward()
+        _gradients(run_model, images, labels, precision, device)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -162,13 +156,17 @@ def step_of(
     return step
 
 
-@contextlib.contextmanager
-def _precision(name: str, device: torch.device) -> Any:
+def _gradients(
+    run_model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, precision: str, device: torch.device
+) -> None:
+    """Forward and backward, both in the precision."""
     from sparsefx.kernels.gpu.timing import fp32_precision
 
-    half = torch.autocast(device.type, torch.bfloat16) if name == "bf16" else contextlib.nullcontext()
-    with fp32_precision("tf32" if name == "tf32" else "ieee"), half:
-        yield
+    half = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    with fp32_precision("tf32" if precision == "tf32" else "ieee"):
+        with half:
+            loss = F.cross_entropy(run_model(images), labels)
+        loss.backward()
 
 
 def _trained(path: Path) -> dict[str, Tensor]:

@@ -300,3 +300,15 @@ def test_a_prologue_is_the_same_as_its_result(name, relu):
     assert torch.equal(values, plan.wgrad_values(grad, written, images=images))
     with pytest.raises(ValueError, match="one a channel"):
         plan.fprop(x, w, images=images, prologue=prologue._replace(mean=torch.zeros(inputs + 1)))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(270, 432, 3, 3), (280, 433, 3, 3), (1030, 1024, 1, 1)], ids=str)
+def test_a_large_gradient_is_that_of_its_values_and_zero_elsewhere(shape, channels_last, isa):
+    assert torch.Size(shape).numel() * 4 > 4 << 20  # rows of whole cache lines are made in cache, others in place
+    mask = torch.rand(shape) < 0.02
+    plan = ConvPlan(mask, isa=isa)
+    for _ in range(2):
+        values = torch.randn(plan.nnz)
+        want = torch.zeros(shape).masked_scatter(mask, values)
+        assert torch.equal(plan.scatter(values, channels_last=channels_last), want)

@@ -74,6 +74,18 @@ def test_large_mean_keeps_its_variance():
     assert error(var, var64) < 1e-5
 
 
+def test_means_that_differ_between_blocks_keep_the_variance():
+    torch.manual_seed(0)
+    x = torch.randn(80, 3, 13, 13)
+    x += torch.tensor([0.0, 30.0, -1000.0, 5.0, 5.0]).repeat_interleave(16).view(80, 1, 1, 1)
+    x[:, 1] = torch.randn(80, 13, 13) * 1e-3 + 7  # joins no block far from its mean
+    out = batch_norm_forward(blocked(x), None, None, None, None, training=True)
+    exact = x.double().transpose(0, 1).flatten(1)
+    assert error(out.mean, exact.mean(1)) < 1e-6
+    for channel in range(3):
+        assert error(out.var[channel], exact[channel].var(unbiased=False)) < 1e-5
+
+
 def test_constant_channel_gives_its_bias():
     x = torch.full((48, 2, 5, 5), 1234.567)
     bias = torch.tensor([0.25, -3.0])
