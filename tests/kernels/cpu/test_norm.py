@@ -78,7 +78,7 @@ def test_means_that_differ_between_blocks_keep_the_variance():
     torch.manual_seed(0)
     x = torch.randn(80, 3, 13, 13)
     x += torch.tensor([0.0, 30.0, -1000.0, 5.0, 5.0]).repeat_interleave(16).view(80, 1, 1, 1)
-    x[:, 1] = torch.randn(80, 13, 13) * 1e-3 + 7  # joins no block far from its mean
+    x[:, 1] = torch.randn(80, 13, 13) * 1e-3 + 7  # hardly any deviation, far from zero
     out = batch_norm_forward(blocked(x), None, None, None, None, training=True)
     exact = x.double().transpose(0, 1).flatten(1)
     assert error(out.mean, exact.mean(1)) < 1e-6
