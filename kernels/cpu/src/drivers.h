@@ -67,7 +67,8 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
     const int64_t c0 = block * lists.block, width = std::min(lists.block, lists.outputs - c0);
     const int64_t live = int64_t(lists.live.size()), last = first_item[phase] + p.strips() * lists.blocks - 1;
     const TileAt next_strip = strip_at(p, (std::min(item + 1, last) - first_item[phase]) / lists.blocks);
-    const bool moves = (item + 1) % turn && item < last;
+    // The first phase leaves the input in L3 for the others, where fetching ahead costs more than it saves.
+    const bool fetches = phase == 0, moves = fetches && (item + 1) % turn && item < last;
     Ahead ahead;
     if (!p.one_tile()) {
       in.pack(x, lists.live.data(), live, p, strip);
@@ -89,9 +90,9 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
         if (p.one_tile()) {
           const int64_t first = c * lists.chunk, next = (c + 1) % lists.chunks * lists.chunk;
           in.pack(x, lists.live.data() + first, std::min(lists.chunk, live - first), p, strip);
-          ahead = next || moves ? in.ahead(lists.live.data() + next, std::min(lists.chunk, live - next), p,
-                                           next ? strip : next_strip)
-                                : Ahead();
+          ahead = fetches && (next || moves) ? in.ahead(lists.live.data() + next, std::min(lists.chunk, live - next),
+                                                        p, next ? strip : next_strip)
+                                             : Ahead();
           ahead.start(cell.records());
         } else {
           from += c * lists.chunk * p.channel_bytes;

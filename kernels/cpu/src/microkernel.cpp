@@ -40,8 +40,7 @@ template <class T, int K>
 SFX_INLINE void accumulate(const char* x, int64_t pitch, const uint32_t* offset, const float* value, uint32_t count,
                            vf (&sum)[T::P]) {
   using R = Part<T, K>;
-#pragma GCC unroll 2
-  for (uint32_t k = 0; k < count; ++k) {
+  const auto add = [&](uint32_t k) SFX_LAMBDA {
     const char* p = x + offset[k];
     const vf w = splat(value[k]);
 #pragma GCC unroll 8
@@ -50,6 +49,13 @@ SFX_INLINE void accumulate(const char* x, int64_t pitch, const uint32_t* offset,
       for (int i = R::LEFT; i < R::RIGHT; ++i) sum[g * T::VECTORS + i] += w * load(p + (i - R::LEFT) * VEC);
       p += pitch;
     }
+  };
+  if constexpr (T::COLUMN) {  // a class has few entries, and how many is hard to predict: one branch, not two
+#pragma GCC unroll 1
+    for (uint32_t k = 0; k < count; ++k) add(k);
+  } else {
+#pragma GCC unroll 2
+    for (uint32_t k = 0; k < count; ++k) add(k);
   }
 }
 
@@ -123,15 +129,10 @@ __attribute__((noinline)) void flush(vf* sums, int n, float* partial) {
 
 // sums[entry] = g * x over the part of the tile that class K touches, for each of its entries.
 template <class T, int K>
-SFX_INLINE void multiply(const char* x, int64_t pitch, const uint32_t* offset, uint32_t count, const char* g,
-                         int64_t g_row, vf* sums) {
+SFX_INLINE void multiply(const char* x, int64_t pitch, const uint32_t* offset, uint32_t count, const vf (&g)[T::P],
+                         vf* sums) {
   using R = Part<T, K>;
   constexpr int CHAINS = T::P >= 16 ? 4 : T::P >= 4 ? 2 : 1;
-  vf held[T::P];
-#pragma GCC unroll 8
-  for (int j = R::TOP; j < R::BOTTOM; ++j)
-#pragma GCC unroll 32
-    for (int i = R::LEFT; i < R::RIGHT; ++i) held[j * T::VECTORS + i] = load(g + j * g_row + i * VEC);
   for (uint32_t k = 0; k < count; ++k) {
     const char* p = x + offset[k];
     vf chain[CHAINS] = {};
@@ -140,7 +141,7 @@ SFX_INLINE void multiply(const char* x, int64_t pitch, const uint32_t* offset, u
 #pragma GCC unroll 32
       for (int i = R::LEFT; i < R::RIGHT; ++i) {
         const int at = j * T::VECTORS + i;
-        chain[at % CHAINS] += held[at] * load(p + (i - R::LEFT) * VEC);
+        chain[at % CHAINS] += g[at] * load(p + (i - R::LEFT) * VEC);
       }
       p += pitch;
     }
@@ -157,7 +158,12 @@ void dot_kernel(const char* x, int64_t pitch, const Record* records, const Runs*
   vf sums[HELD_SUMS];
   uint32_t used = 0;
   for (int64_t r = 0; r < n; ++r) {
-    const char* gp = g + int64_t(records[r].channel) * g_channel;
+    const char* tile = g + int64_t(records[r].channel) * g_channel;
+    vf held[T::P];
+#pragma GCC unroll 8
+    for (int j = 0; j < T::ROWS; ++j)
+#pragma GCC unroll 32
+      for (int i = 0; i < T::VECTORS; ++i) held[j * T::VECTORS + i] = load(tile + j * g_row + i * VEC);
     each_class<T>(records[r].count, runs, r, [&]([[maybe_unused]] auto k, uint32_t left) SFX_LAMBDA {
       while (left) {
         if (used + left > HELD_SUMS && used) {
@@ -166,7 +172,7 @@ void dot_kernel(const char* x, int64_t pitch, const Record* records, const Runs*
           used = 0;
         }
         const uint32_t m = left < HELD_SUMS ? left : HELD_SUMS;
-        multiply<T, decltype(k)::value>(x, pitch, offset, m, gp, g_row, sums + used);
+        multiply<T, decltype(k)::value>(x, pitch, offset, m, held, sums + used);
         used += m;
         left -= m;
         offset += m;

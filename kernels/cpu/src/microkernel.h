@@ -1,6 +1,7 @@
 // The two inner loops. A tile is G rows of X native vectors; every list entry touches all of them.
 #pragma once
 #include "geometry.h"
+#include "runtime.h"
 #include "simd.h"
 
 namespace sfx {
@@ -13,8 +14,9 @@ struct Record {       // one output channel's run of entries in a chunk
   uint32_t count;     // entries
 };
 
-// Lines that the next packing will read, fetched into L2 a few at a time between the records of this one: packing
-// would otherwise wait for memory, a channel's rows being far apart.
+// Lines that the next packing will read, fetched a few at a time between the records of this one: packing would
+// otherwise wait for memory, a channel's rows being far apart. They go to L2; on Zen 5 to L1, from where they reach L2
+// just the same and sooner (wgrad of 64 channels at 32x32: 25% faster).
 struct Ahead {
   const char* base = nullptr;          // `rows` runs of `lines` cache lines for each of `channels`
   const uint32_t* channel = nullptr;   // their numbers; null: 0, 1, 2, ...
@@ -29,12 +31,13 @@ struct Ahead {
   // Spreads the lines over `records` calls of step().
   void start(int64_t records) {
     channel_at_ = row_at_ = 0;
+    to_l1_ = processor() == Processor::ZEN_5;
     per_record = total() ? total() / (records + 1) + 1 : 0;
     if (per_record) open();
   }
   SFX_INLINE void step() {
     for (int64_t k = 0; k < per_record; ++k) {
-      __builtin_prefetch(line_, 0, 2);
+      to_l1_ ? __builtin_prefetch(line_, 0, 3) : __builtin_prefetch(line_, 0, 2);
       line_ += 64;
       if (!--left_) next();
     }
@@ -53,6 +56,7 @@ struct Ahead {
     open();
   }
   const char* line_ = nullptr;
+  bool to_l1_ = false;
   int64_t left_ = 0, channel_at_ = 0, row_at_ = 0;
 };
 

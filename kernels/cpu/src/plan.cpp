@@ -1,13 +1,11 @@
 #include "plan.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <stdexcept>
+
+#include "runtime.h"
 
 namespace sfx {
 namespace {
@@ -82,22 +80,9 @@ constexpr Machine ZEN_4{{{26 << 10, 1.0}, {64 << 10, 1.5}, {128 << 10, 1.8}, {25
                          {512 << 10, 3}, {1 << 20, 4.5}, {4 << 20, 5}}, L2_BUDGET, 12};
 constexpr Machine ZEN_5{{{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
                          {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 4}}, 3 << 20, 30};
-constexpr unsigned ZEN_5_FAMILY = 0x1a;
 
-const Machine& find_machine() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_is("amd")) {
-    unsigned a = 0, b, c, d;
-    __get_cpuid(1, &a, &b, &c, &d);
-    const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
-    return family >= ZEN_5_FAMILY ? ZEN_5 : ZEN_4;
-  }
-#endif
-  return CASCADE_LAKE;
-}
 const Machine& machine() {
-  static const Machine& found = find_machine();
-  return found;
+  return processor() == Processor::ZEN_5 ? ZEN_5 : processor() == Processor::AMD ? ZEN_4 : CASCADE_LAKE;
 }
 
 // Cycles to pack a line of a row of one block of images, or of a linear layer's rows, and to read a line back from L3.

@@ -3,6 +3,9 @@
 #include "abi.h"
 #include "simd.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -45,6 +48,21 @@ char* scratch(int slot, size_t bytes) {
 #endif
   }
   return arena.data;
+}
+
+Processor processor() {
+  static const Processor found = [] {
+#if defined(__x86_64__)
+    if (__builtin_cpu_is("amd")) {
+      constexpr unsigned ZEN_5_FAMILY = 0x1a;
+      unsigned a = 0, b, c, d;
+      __get_cpuid(1, &a, &b, &c, &d);
+      return (a >> 8 & 15) + (a >> 20 & 255) >= ZEN_5_FAMILY ? Processor::ZEN_5 : Processor::AMD;
+    }
+#endif
+    return Processor::OTHER;
+  }();
+  return found;
 }
 
 int team(int wanted) { return forked || wanted < 1 ? 1 : wanted; }

@@ -1,4 +1,4 @@
-// Scratch memory and threads.
+// Scratch memory, threads and the processor.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,6 +11,10 @@ char* scratch(int slot, size_t bytes);
 
 // The team to use when the caller asks for `wanted` threads: 1 in a forked child, where the parent's pool is gone.
 int team(int wanted);
+
+// Processors that were found to want settings of their own. AMD: Zen 4 and older.
+enum class Processor { OTHER, AMD, ZEN_5 };
+Processor processor();
 
 constexpr int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
 
