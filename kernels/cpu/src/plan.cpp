@@ -286,6 +286,10 @@ std::shared_ptr<const PassPlan> make_pass(const Pattern& pattern, PassKind kind,
       finish(p, pattern, *pass);
       pass->phases.push_back(std::move(p));
     }
+  // The largest first: threads run out of work on small items.
+  std::stable_sort(pass->phases.begin(), pass->phases.end(), [](const PhasePlan& a, const PhasePlan& b) {
+    return a.lists.entries() > b.lists.entries();
+  });
   pass->build_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   return pass;
 }
