@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsefx import moments
+from sparsefx.kernels.masking import masked_
 from sparsefx.layers import SparseLayer
 from sparsefx.masks import Units
 from sparsefx.shards import part, part_like, whole
@@ -54,7 +55,7 @@ def put_(window: Window, states: Sequence[LayerState], changes: Sequence[LayerCh
     for state, change in zip(states, changes, strict=True):
         layer, optimizer = window.layers[state.name], places[state.name][0]
         grown = change.mask & ~change.kept
-        part(layer.weight).masked_fill_(part_like(grown, layer.weight), 0)
+        masked_(part(layer.weight).detach(), ~part_like(grown, layer.weight))
         moments.start_grown_(optimizer, layer.weight, change.kept, grown)
         if not torch.equal(layer.weight_mask, change.mask):
             layer.set_mask_(change.mask)

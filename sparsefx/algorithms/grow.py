@@ -19,7 +19,7 @@ def momentum(score: Tensor, mask: Tensor, k: int) -> Tensor:
         The new mask.
     Source: Dettmers & Zettlemoyer 2019, Algorithm 1, line "Regrow".
     """
-    return mask | largest(score.abs().masked_fill_(mask, -1), k)
+    return mask | largest(score.abs(), k, ~mask)
 
 
 @register("grow", "random", needs_first_moment=False)

@@ -18,7 +18,4 @@ def magnitude(weight: Tensor, mask: Tensor, k: int) -> Tensor:
         The new mask.
     Source: Dettmers & Zettlemoyer 2019, Algorithm 1, line "Prune".
     """
-    existing = mask.nonzero().squeeze(1)
-    new = mask.clone()
-    new[existing[smallest(weight[existing].abs(), k)]] = False
-    return new
+    return mask & ~smallest(weight.abs(), k, mask)

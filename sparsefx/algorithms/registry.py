@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from sparsefx.errors import SchedulerError
@@ -25,8 +26,11 @@ class Rule:
     needs_first_moment: bool = True
 
     def __call__(self, *args: Any, **context: Any) -> Any:
-        known = inspect.signature(self.function).parameters
-        return self.function(*args, **{k: v for k, v in context.items() if k in known})
+        return self.function(*args, **{k: v for k, v in context.items() if k in self._known})
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.function).parameters)
 
 
 def register(kind: str, name: str, *, needs_first_moment: bool = True) -> Callable[[Callable], Callable]:

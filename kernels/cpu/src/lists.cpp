@@ -39,20 +39,25 @@ Pattern make_pattern(const ConvShape& shape, const uint8_t* mask) {
   const int64_t size = p.row_size();
   if (size * shape.out > int64_t(UINT32_MAX)) throw std::length_error("weight has more than 2^32 elements");
   p.row.resize(shape.out + 1);
+  p.column.resize(std::count_if(mask, mask + size * shape.out, [](uint8_t m) { return m != 0; }) + 1);
+  int64_t n = 0;
   for (int64_t o = 0; o < shape.out; ++o) {
     const uint8_t* m = mask + o * size;
+    const auto take = [&](int64_t c) {  // without a branch, which random masks would mispredict
+      p.column[n] = uint32_t(c);
+      n += m[c] != 0;
+    };
     int64_t c = 0;
     for (; c + 8 <= size; c += 8) {
       uint64_t word;
       std::memcpy(&word, m + c, 8);
       if (!word) continue;
-      for (int64_t k = c; k < c + 8; ++k)
-        if (m[k]) p.column.push_back(uint32_t(k));
+      for (int64_t k = c; k < c + 8; ++k) take(k);
     }
-    for (; c < size; ++c)
-      if (m[c]) p.column.push_back(uint32_t(c));
-    p.row[o + 1] = uint32_t(p.column.size());
+    for (; c < size; ++c) take(c);
+    p.row[o + 1] = uint32_t(n);
   }
+  p.column.resize(n);
   return p;
 }
 
