@@ -164,6 +164,13 @@ void dot_kernel(const char* x, int64_t pitch, const Record* records, const Runs*
     for (int j = 0; j < T::ROWS; ++j)
 #pragma GCC unroll 32
       for (int i = 0; i < T::VECTORS; ++i) held[j * T::VECTORS + i] = load(tile + j * g_row + i * VEC);
+    if (r + 1 < n) {  // the next record's, which may lie beyond L2
+      const char* next = g + int64_t(records[r + 1].channel) * g_channel;
+#pragma GCC unroll 8
+      for (int j = 0; j < T::ROWS; ++j)
+#pragma GCC unroll 32
+        for (int i = 0; i < T::VECTORS; ++i) __builtin_prefetch(next + j * g_row + i * VEC);
+    }
     each_class<T>(records[r].count, runs, r, [&]([[maybe_unused]] auto k, uint32_t left) SFX_LAMBDA {
       while (left) {
         if (used + left > HELD_SUMS && used) {
