@@ -146,7 +146,8 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
     }
   }
   const int64_t n_units = int64_t(units.size());
-  const int64_t splits = std::clamp<int64_t>(n_units >= 4 * threads || threads == 1 ? 1 : 2 * threads, 1, strips);
+  // Each split starts by waiting for memory: more of them than threads would cost more than they balance.
+  const int64_t splits = std::clamp<int64_t>(n_units >= 4 * threads ? 1 : threads, 1, strips);
   const int64_t channels = p.one_tile() ? lists.chunk : int64_t(lists.live.size());
   const int64_t packed = align64(p.packed_bytes(channels)), held = align64(lists.block * p.tile_bytes());
   const int64_t each = packed + held + align64((most + LANES) * 4);
