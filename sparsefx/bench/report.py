@@ -113,6 +113,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), "o-", label=label)
         axis.set(xscale="log", yscale="log", xlabel=key, ylabel="sparse step, ms")
         if axis.lines:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))  # below: lines are everywhere
     figure.savefig(path, dpi=120)
     plt.close(figure)
