@@ -73,13 +73,14 @@ struct Machine {
   Level level[LEVELS];
   int64_t strip_bytes;  // most that a strip of several tiles may take packed; above L2_BUDGET it is read back from L3
   double pack_blocks;   // cycles to pack a line of a tile of several blocks of images, which nothing fetches ahead
+  double record, entry;  // cycles of each beside its lines
 };
 constexpr Machine CASCADE_LAKE{{{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35},
-                                {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12};
+                                {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12, 25, 1.5};
 constexpr Machine ZEN_4{{{26 << 10, 1.0}, {64 << 10, 1.5}, {128 << 10, 1.8}, {256 << 10, 1.95},
-                         {512 << 10, 3}, {1 << 20, 4.5}, {4 << 20, 5}}, L2_BUDGET, 12};
+                         {512 << 10, 3}, {1 << 20, 4.5}, {4 << 20, 5}}, L2_BUDGET, 12, 25, 1.5};
 constexpr Machine ZEN_5{{{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
-                         {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 4}}, 3 << 20, 30};
+                         {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 8}}, 3 << 20, 30, 8, 2.5};
 
 const Machine& machine() {
   return processor() == Processor::ZEN_5 ? ZEN_5 : processor() == Processor::AMD ? ZEN_4 : CASCADE_LAKE;
@@ -110,9 +111,9 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   const double per_cell = double(s.entries) / (chunks * s.outputs);
   const double records = chunks * s.outputs * (1 - std::exp(-per_cell));
   const double acc = load_cycles(double(t.block) * vectors * LANES * 4 + 64.0 * 1024);
-  double tile = load_cycles(t.chunk * tile_bytes) * vectors * f.touched + (s.kind == WGRAD ? 4 : 1.5);
+  double tile = load_cycles(t.chunk * tile_bytes) * vectors * f.touched + machine().entry + (s.kind == WGRAD ? 2.5 : 0);
   tile *= double(s.entries);
-  tile += records * (25 + vectors * (s.kind == WGRAD ? 1.0 : 1.6) * acc);
+  tile += records * (machine().record + vectors * (s.kind == WGRAD ? 1.0 : 1.6) * acc);
   if (s.kind != WGRAD) {  // the last record of an output in a whole tile neither stores nor unpacks its sums
     const int64_t inside = y.count() / t.rows * t.rows * (x.count() / t.cols * t.cols);
     const double whole = double(inside) / double(y.count() * x.count());
