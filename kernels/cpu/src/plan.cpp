@@ -63,31 +63,51 @@ Footprint footprint(Pitches& y, Pitches& x, const Tiling& t) {
   return {y(t.rows), x(t.cols), 1, false};
 }
 
-// Cycles for one line to be loaded from where a working set of so many bytes lives, as measured on three processors; on
-// Zen 4 and 5 above 256 KB what ranks tilings as their times do, and on Zen 5 relative to the other constants of cost().
+// Cycles for one line to be loaded from where a working set of so many bytes lives.
 struct Level {
   double bytes, cycles;
 };
 constexpr size_t LEVELS = 7;
+
+// What cost() knows of a processor, in cycles. Levels are as measured with loads alone, but above 256 KB on Zen 4 and 5,
+// where they are what ranks tilings as their times do. Those of Sapphire Rapids and newer Xeons, and what stands beside
+// them, were fitted to the times of 5000 tilings of 63 passes on one of these.
 struct Machine {
   Level level[LEVELS];
-  int64_t strip_bytes;  // most that a strip of several tiles may take packed; above L2_BUDGET it is read back from L3
-  double pack_blocks;   // cycles to pack a line of a tile of several blocks of images, which nothing fetches ahead
-  double record, entry;  // cycles of each beside its lines
+  int64_t strip_bytes;   // most that a strip of several tiles may take packed; above L2_BUDGET it is read back from L3
+  double pack_blocks;    // to pack a line of a tile of several blocks of images, which nothing fetches ahead
+  double pack_row, pack_features;  // to pack one of a row of one block of images, or of a linear layer's rows
+  double run;            // of each run of packed lines
+  double record, entry;  // of each beside its lines
+  double dot_entry;      // of an entry of a weight gradient, beside the former
+  double sums;           // to load and store a line of sums, over what loading one takes
+  double unpack;         // to unpack a line of sums, beside loading it
+  double beside;         // bytes that share the caches with the sums
 };
 constexpr Machine CASCADE_LAKE{{{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35},
-                                {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12, 25, 1.5};
+                                {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}},
+                               L2_BUDGET, 12, 6, 12, 15, 25, 1.5, 2.5, 1.6, 1, 64 << 10};
+constexpr Machine SAPPHIRE_RAPIDS{{{44 << 10, 0.7}, {64 << 10, 1.05}, {128 << 10, 1.25}, {256 << 10, 1.7},
+                                   {768 << 10, 2.1}, {1536 << 10, 3.0}, {4 << 20, 9.5}},
+                                  L2_BUDGET, 9, 7, 28, 24, 9, 0.7, 4.2, 2.2, 3.5, 150 << 10};
 constexpr Machine ZEN_4{{{26 << 10, 1.0}, {64 << 10, 1.5}, {128 << 10, 1.8}, {256 << 10, 1.95},
-                         {512 << 10, 3}, {1 << 20, 4.5}, {4 << 20, 5}}, L2_BUDGET, 12, 25, 1.5};
+                         {512 << 10, 3}, {1 << 20, 4.5}, {4 << 20, 5}},
+                        L2_BUDGET, 12, 6, 12, 15, 25, 1.5, 2.5, 1.6, 1, 64 << 10};
 constexpr Machine ZEN_5{{{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
-                         {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 8}}, 3 << 20, 30, 8, 2.5};
+                         {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 8}},
+                        3 << 20, 30, 6, 12, 15, 8, 2.5, 2.5, 1.6, 1, 64 << 10};
 
 const Machine& machine() {
-  return processor() == Processor::ZEN_5 ? ZEN_5 : processor() == Processor::AMD ? ZEN_4 : CASCADE_LAKE;
+  switch (processor()) {
+    case Processor::SAPPHIRE_RAPIDS: return SAPPHIRE_RAPIDS;
+    case Processor::AMD: return ZEN_4;
+    case Processor::ZEN_5: return ZEN_5;
+    case Processor::OTHER: break;
+  }
+  return CASCADE_LAKE;
 }
 
-// Cycles to pack a line of a row of one block of images, or of a linear layer's rows, and to read a line back from L3.
-constexpr double PACK_ROW = 6, PACK_FEATURES = 12, READ_BACK = 3;
+constexpr double READ_BACK = 3;  // cycles to read a line back from L3
 
 double load_cycles(double bytes) {
   const Level(&level)[LEVELS] = machine().level;
@@ -110,26 +130,26 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   const double chunks = double(ceil_div(s.live, t.chunk)), blocks = double(ceil_div(s.outputs, t.block));
   const double per_cell = double(s.entries) / (chunks * s.outputs);
   const double records = chunks * s.outputs * (1 - std::exp(-per_cell));
-  const double acc = load_cycles(double(t.block) * vectors * LANES * 4 + 64.0 * 1024);
-  double tile = load_cycles(t.chunk * tile_bytes) * vectors * f.touched + machine().entry + (s.kind == WGRAD ? 2.5 : 0);
+  const Machine& m = machine();
+  const double acc = load_cycles(double(t.block) * vectors * LANES * 4 + m.beside);
+  double tile = load_cycles(t.chunk * tile_bytes) * vectors * f.touched + m.entry + (s.kind == WGRAD ? m.dot_entry : 0);
   tile *= double(s.entries);
-  tile += records * (machine().record + vectors * (s.kind == WGRAD ? 1.0 : 1.6) * acc);
+  tile += records * (m.record + vectors * (s.kind == WGRAD ? 1.0 : m.sums) * acc);
   if (s.kind != WGRAD) {  // the last record of an output in a whole tile neither stores nor unpacks its sums
     const int64_t inside = y.count() / t.rows * t.rows * (x.count() / t.cols * t.cols);
     const double whole = double(inside) / double(y.count() * x.count());
-    tile -= whole * double(s.outputs) * vectors * (1.6 * acc * (chunks > 1 ? 0.5 : 1) + acc);
+    tile -= whole * double(s.outputs) * vectors * (m.sums * acc * (chunks > 1 ? 0.5 : 1) + acc);
   }
   if (f.clipped) tile += records * CLASSES * (1 - std::exp(-per_cell / CLASSES)) * 15;
   const double units = s.kind == WGRAD ? blocks * std::ceil(s.entries / blocks * 4 / PARTIAL_BUDGET) : blocks;
-  tile += units / blocks * double(s.outputs) * vectors * (1 + acc);  // unpack the sums, or pack the gradient
+  tile += units / blocks * double(s.outputs) * vectors * (m.unpack + acc);  // unpack the sums, or pack the gradient
   const double strips = double(ceil_div(y.count(), t.rows * t.strip_rows) *
                                ceil_div(x.count(), t.cols * t.strip_cols) * ceil_div(s.blocks, t.batch));
   const double tiles = double(ceil_div(y.count(), t.rows) * ceil_div(x.count(), t.cols) * ceil_div(s.blocks, t.batch));
   tile += double(s.outputs * t.rows * t.batch) * 10;  // each row of a tile is a run of its own
   const double runs = double(s.live * strip_rows * t.batch);
-  const double line = t.batch == 1 ? PACK_ROW : y.count() * x.count() == 1 ? PACK_FEATURES
-                                                                                 : machine().pack_blocks;
-  const double packing = strips * blocks * (double(s.live) * strip_lines * VECS * line + runs * 15);
+  const double line = t.batch == 1 ? m.pack_row : y.count() * x.count() == 1 ? m.pack_features : m.pack_blocks;
+  const double packing = strips * blocks * (double(s.live) * strip_lines * VECS * line + runs * m.run);
   const double items = strips * blocks;
   double back = 0;
   if (t.strip_rows * t.strip_cols > 1 && double(s.live) * strip_lines * LINE > L2_BUDGET) {

@@ -53,12 +53,14 @@ char* scratch(int slot, size_t bytes) {
 Processor processor() {
   static const Processor found = [] {
 #if defined(__x86_64__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
     if (__builtin_cpu_is("amd")) {
       constexpr unsigned ZEN_5_FAMILY = 0x1a;
-      unsigned a = 0, b, c, d;
       __get_cpuid(1, &a, &b, &c, &d);
       return (a >> 8 & 15) + (a >> 20 & 255) >= ZEN_5_FAMILY ? Processor::ZEN_5 : Processor::AMD;
     }
+    constexpr unsigned FEATURES = 7, AVX512_FP16 = 1u << 23;  // which Sapphire Rapids brought
+    if (__get_cpuid_count(FEATURES, 0, &a, &b, &c, &d) && d & AVX512_FP16) return Processor::SAPPHIRE_RAPIDS;
 #endif
     return Processor::OTHER;
   }();

@@ -12,8 +12,8 @@ char* scratch(int slot, size_t bytes);
 // The team to use when the caller asks for `wanted` threads: 1 in a forked child, where the parent's pool is gone.
 int team(int wanted);
 
-// Processors that were found to want settings of their own. AMD: Zen 4 and older.
-enum class Processor { OTHER, AMD, ZEN_5 };
+// Processors that were found to want settings of their own. AMD: Zen 4 and older. SAPPHIRE_RAPIDS: and newer Xeons.
+enum class Processor { OTHER, SAPPHIRE_RAPIDS, AMD, ZEN_5 };
 Processor processor();
 
 constexpr int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
