@@ -10,13 +10,13 @@
 
 namespace sfx {
 
-constexpr int64_t STREAM_BYTES = 12 << 20;  // an output larger than this is not in cache when it is read next
-
-// How an output of so many elements is written: a large one past the caches. Followed by fence() in each thread.
+// How an output of so many elements is written: past the caches if it is larger than what is still in them when it is
+// read next, or than what their slow last level makes worth keeping. Followed by fence() in each thread.
 template <class T>
 struct Writer {
   bool past_caches;
-  explicit Writer(int64_t elements) : past_caches(sizeof(T) == 4 && elements * 4 > STREAM_BYTES) {}
+  explicit Writer(int64_t elements) : past_caches(sizeof(T) == 4 && elements * 4 > stream_bytes()) {}
+  static int64_t stream_bytes() { return processor() == Processor::SAPPHIRE_RAPIDS ? 2 << 20 : 12 << 20; }
   SFX_INLINE void operator()(T* p, vf value) const {
     if constexpr (sizeof(T) == 4)
       if (past_caches) return stream(p, value);
