@@ -208,9 +208,9 @@ def _grad_of(layer: "weakref.ref[SparseLayer]") -> Tensor | None:
     return grad
 
 
-def _reach(layer: "weakref.ref[SparseLayer]", grad: Tensor) -> Tensor | None:
+def _reach(layer: "weakref.ref[SparseLayer]", grad: Tensor | None) -> Tensor | None:
     found = layer()
-    if found is None:
+    if found is None or grad is None:  # a user's autograd function may return no gradient
         return None
     mask, runtime = found.weight_mask, found._runtime
     if grad.shape != mask.shape or (runtime.full and runtime.choose.misses_none(mask)):

@@ -152,6 +152,23 @@ def test_a_weight_used_without_its_module_gets_a_masked_gradient():
     torch.testing.assert_close(sparse.weight.grad, dense.weight.grad * sparse.weight_mask)
 
 
+def test_a_function_may_return_no_gradient_of_a_weight():
+    class Constant(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            return x * weight.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad, None
+
+    sparse, _, x = pair("linear")
+    x.requires_grad_()
+    Constant.apply(x, sparse.weight).sum().backward()
+    assert sparse.weight.grad is None
+    torch.testing.assert_close(x.grad, torch.ones_like(x))
+
+
 @pytest.mark.parametrize("case", ["linear", "conv2d"])
 def test_autocast_computes_in_its_type(case):
     make, shape = CASES[case]

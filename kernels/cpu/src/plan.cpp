@@ -156,7 +156,9 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
     if (items < 4 * s.threads) return INFINITY;
     back = items * double(s.live) * strip_lines * VECS * READ_BACK;
   }
-  const double parallel = s.kind == WGRAD ? 1 : std::ceil(items / s.threads) * s.threads / items;
+  // Threads share the strips of a weight gradient, or the cells of one strip.
+  const double shares = s.kind == WGRAD ? std::min<double>(s.threads, std::max(strips, blocks * chunks)) : items;
+  const double parallel = std::ceil(shares / s.threads) * s.threads / shares;
   return (tiles * tile + packing + back) * parallel;
 }
 
