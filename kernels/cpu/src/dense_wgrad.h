@@ -4,6 +4,8 @@
 
 namespace sfx {
 
+constexpr int64_t STREAMED_GRAD = 4 << 20;  // a larger gradient has left the caches when the optimizer reads it
+
 // out [out, in / groups, R, S], or [out, R, S, in / groups] where channels_last, from grad [blocks, out, out_h, out_w,
 // 16] and x [blocks, in, h, w, 16]. Lanes without an image are zero in one of them. The result depends on the number of
 // threads only.

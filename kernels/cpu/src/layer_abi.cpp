@@ -11,8 +11,7 @@ using namespace sfx;
 namespace {
 
 thread_local char message[256];
-constexpr int64_t LARGEST_ROW = 512 << 10;   // bytes of a dense weight's row that is made in cache
-constexpr int64_t STREAMED_GRAD = 4 << 20;  // a larger gradient has left the caches when the optimizer reads it
+constexpr int64_t LARGEST_ROW = 512 << 10;  // bytes of a dense weight's row that is made in cache
 
 template <class Body>
 int guarded(Body body) {
