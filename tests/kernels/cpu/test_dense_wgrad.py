@@ -106,6 +106,7 @@ LINEAR = {
     "several": (101, 131, 167),
     "few_inputs": (64, 259, 3),
     "few_outputs": (64, 2, 259),
+    "past_the_caches": (5, 1025, 1024),
 }
 
 
