@@ -10,8 +10,8 @@
 
 namespace sfx {
 
-// How an output of so many elements is written: past the caches if it is larger than what is still in them when it is
-// read next, or than what their slow last level makes worth keeping. Followed by fence() in each thread.
+// How an output of so many elements is written: a large one past the caches, from the size on where steps were measured
+// to be faster for it. Followed by fence() in each thread.
 template <class T>
 struct Writer {
   bool past_caches;

@@ -66,21 +66,22 @@ void pack_tile(const float* grad, int64_t pitch, int64_t rows, int64_t width, fl
   for (int64_t r = 0; r < rows; ++r, grad += pitch, out += width) std::copy_n(grad, width, out);
 }
 
-// Writes sums [outputs][PANEL] to rows `pitch` floats apart, of a large matrix past the caches.
-void write_tile(const float* sums, int64_t outputs, int64_t width, int64_t pitch, const uint8_t* mask, float* masked,
+// Writes sums [outputs][PANEL] to rows `pitch` floats apart, of a large matrix past the caches; the sums may change.
+void write_tile(float* sums, int64_t outputs, int64_t width, int64_t pitch, const uint8_t* mask, float* masked,
                 float* dense, bool past_caches) {
-  alignas(64) float existing[PANEL];
-  for (int64_t o = 0; o < outputs; ++o, sums += PANEL, mask += pitch, masked += pitch) {
-    float* const to = past_caches ? existing : masked;
+  const auto streamed = [](const float* from, float* to) {
+    for (int64_t i = 0; i < PANEL; i += LANES) stream(to + i, load(from + i));
+  };
+  for (int64_t o = 0; o < outputs; ++o, sums += PANEL) {
+    const uint8_t* const exists = mask + o * pitch;
+    if (dense && past_caches)
+      streamed(sums, dense + o * pitch);
+    else if (dense)
+      std::memcpy(dense + o * pitch, sums, width * 4);
+    float* const to = past_caches ? sums : masked + o * pitch;
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) to[i] = mask[i] ? sums[i] : 0.0f;
-    if (past_caches) {
-      for (int64_t i = 0; i < width; i += LANES) stream(masked + i, load(existing + i));
-      for (int64_t i = 0; dense && i < width; i += LANES) stream(dense + i, load(sums + i));
-    } else if (dense) {
-      std::memcpy(dense, sums, width * 4);
-    }
-    if (dense) dense += pitch;
+    for (int64_t i = 0; i < width; ++i) to[i] = exists[i] ? sums[i] : 0.0f;
+    if (past_caches) streamed(sums, masked + o * pitch);
   }
 }
 

@@ -71,31 +71,28 @@ constexpr size_t LEVELS = 7;
 
 // What cost() knows of a processor, in cycles. Levels are as measured with loads alone, but above 256 KB on Zen 4 and 5,
 // where they are what ranks tilings as their times do. Those of Sapphire Rapids and newer Xeons, and what stands beside
-// them, were fitted to the times of 5000 tilings of 63 passes on one of these.
+// them, were fitted to the times of 5600 tilings of 63 passes on one of these.
 struct Machine {
   Level level[LEVELS];
   int64_t strip_bytes;   // most that a strip of several tiles may take packed; above L2_BUDGET it is read back from L3
   double pack_blocks;    // to pack a line of a tile of several blocks of images, which nothing fetches ahead
-  double pack_row, pack_features;  // to pack one of a row of one block of images, or of a linear layer's rows
-  double run;            // of each run of packed lines
   double record, entry;  // of each beside its lines
-  double dot_entry;      // of an entry of a weight gradient, beside the former
-  double sums;           // to load and store a line of sums, over what loading one takes
-  double unpack;         // to unpack a line of sums, beside loading it
-  double beside;         // bytes that share the caches with the sums
+  double pack_row = 6, pack_features = 12;  // to pack a line of a row of one block of images, of a linear layer's rows
+  double run = 15;           // of each run of packed lines
+  double dot_entry = 2.5;    // of an entry of a weight gradient, beside `entry`
+  double sums = 1.6;         // to load and store a line of sums, over what loading one takes
+  double unpack = 1;         // to unpack a line of sums, beside loading it
+  double beside = 64 << 10;  // bytes that share the caches with the sums
 };
 constexpr Machine CASCADE_LAKE{{{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35},
-                                {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}},
-                               L2_BUDGET, 12, 6, 12, 15, 25, 1.5, 2.5, 1.6, 1, 64 << 10};
+                                {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12, 25, 1.5};
 constexpr Machine SAPPHIRE_RAPIDS{{{44 << 10, 0.7}, {64 << 10, 1.05}, {128 << 10, 1.25}, {256 << 10, 1.7},
-                                   {768 << 10, 2.1}, {1536 << 10, 3.0}, {4 << 20, 9.5}},
-                                  L2_BUDGET, 9, 7, 28, 24, 9, 0.7, 4.2, 2.2, 3.5, 150 << 10};
+                                   {768 << 10, 2.1}, {1536 << 10, 3.0}, {4 << 20, 9.5}}, L2_BUDGET, 9, 9, 0.7,
+                                  7, 28, 24, 4.2, 2.2, 3.5, 150 << 10};
 constexpr Machine ZEN_4{{{26 << 10, 1.0}, {64 << 10, 1.5}, {128 << 10, 1.8}, {256 << 10, 1.95},
-                         {512 << 10, 3}, {1 << 20, 4.5}, {4 << 20, 5}},
-                        L2_BUDGET, 12, 6, 12, 15, 25, 1.5, 2.5, 1.6, 1, 64 << 10};
+                         {512 << 10, 3}, {1 << 20, 4.5}, {4 << 20, 5}}, L2_BUDGET, 12, 25, 1.5};
 constexpr Machine ZEN_5{{{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
-                         {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 8}},
-                        3 << 20, 30, 6, 12, 15, 8, 2.5, 2.5, 1.6, 1, 64 << 10};
+                         {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 8}}, 3 << 20, 30, 8, 2.5};
 
 const Machine& machine() {
   switch (processor()) {
