@@ -88,6 +88,30 @@ def products(a: Tensor, b: Tensor) -> tuple[float, float]:
     return sums[0], sums[1]
 
 
+class MaskBits:
+    """A mask's bits, an eighth of it, with which another is compared in one pass over its memory.
+
+    Args:
+        mask: Bool, on the CPU, contiguous or in channels_last.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self._library, self._bytes = _loaded(), mask.numel()
+        if self._library is None:
+            self._mask = mask.clone()
+            return
+        self._bits = torch.empty(-(-self._bytes // 64), dtype=torch.int64)
+        self._address = pointer(self._bits)
+        self._library.sfx_mask_pack(pointer(mask), self._address, self._bytes, torch.get_num_threads())
+
+    def same(self, mask: Tensor) -> bool:
+        """Whether a mask of the same shape and strides has the same elements."""
+        if self._library is None:
+            return torch.equal(self._mask, mask)
+        same = self._library.sfx_mask_same(pointer(mask), self._address, self._bytes, torch.get_num_threads())
+        return bool(same)
+
+
 def any_nonzero(x: Tensor) -> bool:
     """Whether an element of `x` is not zero."""
     return bool(x.any()) if _library(x, None) is None else products(x, x)[1] != 0

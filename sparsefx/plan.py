@@ -1,19 +1,17 @@
 """What one layer runs with one mask, and whether a mask is still that one."""
 
-import ctypes
 import math
 
 import torch
 from torch import Tensor
 
+from sparsefx.kernels.masking import MaskBits
 from sparsefx.kernels.runtime import Backend
 from sparsefx.kernels.spec import is_channels_last
 
 _WORTH_TRYING = 0.9
 """Compaction is a candidate below this share of live weights in the matrix; above it only adds copies."""
 Key = tuple
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Plan:
@@ -61,7 +59,7 @@ class Plan:
                 broadcast moves neither.
         """
         at = _stamp(mask)
-        if at == self._stamp and (not look or (self._bytes and not _memcmp(self._address, at[0], self._bytes))):
+        if at == self._stamp and (not look or (self._bits is not None and self._bits.same(mask))):
             return False
         if self.mask.device == mask.device and torch.equal(self.mask, mask):
             self._seen(mask)
@@ -74,10 +72,10 @@ class Plan:
         return self.nnz == self.mask.numel()
 
     def _seen(self, mask: Tensor) -> None:
-        """Remember where `mask` lies, which equals the plan's, and how the two compare at the speed of memory."""
-        self._stamp, self._address = _stamp(mask), self.mask.data_ptr()
-        plain = type(mask) is Tensor and mask.is_cpu and mask.stride() == self.mask.stride()
-        self._bytes = mask.numel() if plain and (mask.is_contiguous() or is_channels_last(mask)) else 0
+        """Remember where `mask` lies, which equals the plan's, and its bits where they can be read in one go."""
+        self._stamp = _stamp(mask)
+        plain = type(mask) is Tensor and mask.is_cpu and (mask.is_contiguous() or is_channels_last(mask))
+        self._bits = MaskBits(mask) if plain else None
 
 
 def buckets(plan: Plan) -> tuple[int, int, int]:

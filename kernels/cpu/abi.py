@@ -35,6 +35,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_norm": (None, [_INT, _INT, _P, _I64, _I64, _I64, _INT]),
     "sfx_masked_copy": (None, [_P, _P, _P, _I64, _INT]),
     "sfx_masked_fold": (None, [_P, _P, _P, _P, _I64, ctypes.c_float, ctypes.c_float, _INT]),
+    "sfx_mask_pack": (None, [_P, _P, _I64, _INT]),
+    "sfx_mask_same": (_INT, [_P, _P, _I64, _INT]),
     "sfx_products": (None, [_P, _P, _I64, _P, _INT]),
     "sfx_max_pool": (None, [_INT, _INT, _P, _P, _I64, _I64, _P, _P, _P, _INT]),
     "sfx_advise": (None, [_P, _I64]),

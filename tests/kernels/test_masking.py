@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from sparsefx.kernels import masking
+from sparsefx.kernels.cpu.abi import load
+from sparsefx.kernels.cpu.build import supported_isas
 
 SHAPES = {"odd": (4099,), "chunks": (7, 4681), "conv": (37, 19, 3, 3), "small": (5, 3)}
 
@@ -126,3 +128,17 @@ def test_a_masked_product_that_is_differentiated_again_stays_in_the_graph():
     g, x = torch.randn(5, 150, requires_grad=True), torch.randn(5, 130)
     (grad,) = torch.autograd.grad(masking.masked_product(g, x, mask)[0].sum(), g)
     torch.testing.assert_close(grad, x @ mask.float().T)
+
+
+@pytest.mark.parametrize("isa", [*supported_isas(), None])
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200_003])
+def test_bits_tell_a_mask_from_one_that_differs_anywhere(isa, n, monkeypatch):
+    monkeypatch.setattr(masking, "_loaded", lambda: None if isa is None else load(isa))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    mask = torch.rand(n, generator=torch.Generator().manual_seed(0)) < 0.3
+    bits = masking.MaskBits(mask)
+    assert bits.same(mask.clone())
+    for at in {0, n // 2, n - 1}:
+        other = mask.clone()
+        other[at] = ~other[at]
+        assert not bits.same(other)

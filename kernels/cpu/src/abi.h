@@ -79,6 +79,9 @@ void sfx_masked_copy(const float* x, const uint8_t* mask, float* out, int64_t n,
 // Where mask is false: moment += alpha * (collected * seen), weight = 0.
 void sfx_masked_fold(float* moment, const float* collected, float* weight, const uint8_t* mask, int64_t n, float seen,
                      float alpha, int threads);
+// bits: one for each of the mask's n bytes, in words of 64, set where the byte is not zero.
+void sfx_mask_pack(const uint8_t* mask, uint64_t* bits, int64_t n, int threads);
+int sfx_mask_same(const uint8_t* mask, const uint64_t* bits, int64_t n, int threads);
 // sums: <a, b> and <b, b>.
 void sfx_products(const float* a, const float* b, int64_t n, double* sums, int threads);
 

@@ -1,11 +1,16 @@
 // One pass over memory for what sparse training does to dense weights, gradients and moments.
-#include <cmath>
+#include <atomic>
+#include <cstring>
 #include <vector>
 
 #include "abi.h"
 #include "runtime.h"
+#include "simd.h"
 
 namespace {
+
+constexpr int64_t WORD = 64;            // bytes of a mask whose bits make a word
+constexpr int64_t WORDS = 1 << 10;      // that are worth a thread
 
 constexpr int64_t CHUNK = 1 << 14;
 
@@ -16,9 +21,51 @@ void in_chunks(int64_t n, int threads, F&& run) {
   for (int64_t c = 0; c < chunks; ++c) run(c, c * CHUNK, c + 1 < chunks ? CHUNK : n - c * CHUNK);
 }
 
+uint64_t bits_of(const uint8_t* mask) {
+#if defined(__AVX512BW__)
+  const __m512i bytes = _mm512_loadu_si512(mask);
+  return _mm512_test_epi8_mask(bytes, bytes);
+#elif defined(__AVX2__)
+  const auto half = [](const uint8_t* at) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return uint64_t(~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256()))));
+  };
+  return half(mask) | half(mask + 32) << 32;
+#else
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < WORD; ++i) bits |= uint64_t(mask[i] != 0) << i;
+  return bits;
+#endif
+}
+
+// Calls run(word, bits) for each word of a mask.
+template <class F>
+void each_word(const uint8_t* mask, int64_t n, int threads, F&& run) {
+  const int64_t whole = n / WORD;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && whole >= 2 * WORDS) schedule(static, WORDS)
+  for (int64_t w = 0; w < whole; ++w) run(w, bits_of(mask + w * WORD));
+  if (n % WORD) {
+    uint8_t rest[WORD] = {};
+    std::memcpy(rest, mask + whole * WORD, n % WORD);
+    run(whole, bits_of(rest));
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+void sfx_mask_pack(const uint8_t* mask, uint64_t* bits, int64_t n, int threads) {
+  each_word(mask, n, sfx::team(threads), [&](int64_t w, uint64_t found) { bits[w] = found; });
+}
+
+int sfx_mask_same(const uint8_t* mask, const uint64_t* bits, int64_t n, int threads) {
+  std::atomic<bool> same{true};
+  each_word(mask, n, sfx::team(threads), [&](int64_t w, uint64_t found) {
+    if (found != bits[w]) same.store(false, std::memory_order_relaxed);
+  });
+  return same;
+}
 
 void sfx_masked_copy(const float* x, const uint8_t* mask, float* out, int64_t n, int threads) {
   in_chunks(n, sfx::team(threads), [&](int64_t, int64_t start, int64_t count) {
