@@ -16,6 +16,7 @@ _P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_error": (ctypes.c_char_p, []),
     "sfx_lanes": (_INT, []),
+    "sfx_amx": (_INT, []),
     "sfx_layer_new": (_P, [_P, _P]),
     "sfx_layer_free": (None, [_P]),
     "sfx_layer_nnz": (_I64, [_P]),
@@ -25,7 +26,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_layer_scatter": (_INT, [_P, _INT, _INT, _P, _P, _INT]),
     "sfx_conv_gather": (_INT, [_P, _INT, _INT, _P, _I64, _I64, _I64, _P, _P, _P, _P, _INT, _P, _INT]),
     "sfx_conv_wgrad": (_INT, [_P, _INT, _P, _P, _I64, _I64, _I64, _P, _P, _INT]),
-    "sfx_conv_dense_wgrad": (_INT, [_P, _P, _P, _I64, _I64, _I64, _INT, _P, _INT]),
+    "sfx_conv_dense_wgrad": (_INT, [_P, _P, _P, _I64, _I64, _I64, _INT, _INT, _P, _INT]),
     "sfx_linear_dense_wgrad": (_INT, [_P, _P, _I64, _I64, _I64, _P, _P, _P, _INT]),
     "sfx_linear_gather": (_INT, [_P, _INT, _INT, _P, _I64, _P, _P, _P, _INT, _P, _INT]),
     "sfx_linear_wgrad": (_INT, [_P, _INT, _P, _P, _I64, _INT, _P, _INT]),

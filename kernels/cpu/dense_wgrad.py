@@ -21,7 +21,12 @@ def outer_products_pay(weight: torch.Tensor, groups: int) -> bool:
 
 
 def dense_wgrad(
-    spec: ConvSpec, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, isa: str | None = None
+    spec: ConvSpec,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    isa: str | None = None,
+    amx: bool | None = None,
 ) -> torch.Tensor:
     """Gradient of all weights of a convolution, as if none were missing.
 
@@ -30,10 +35,11 @@ def dense_wgrad(
         x: `[B, I, H, W, 16]` fp32; lanes without an image are zero in one of the two.
         weight: `[O, I / groups, R, S]`, of which only the shape and memory format are read.
         isa: "avx512", "avx2" or "portable"; the best of this processor if None.
+        amx: Whether to multiply on matrix units, which is as exact; where that is faster if None.
     Returns:
         fp32, in the shape and memory format of `weight`.
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: the shapes do not fit each other, or `amx` is asked of a processor that has none.
     """
     require("grad", grad, dtype=torch.float32, dims=5)
     require("x", x, dtype=torch.float32, dims=5)
@@ -48,14 +54,25 @@ def dense_wgrad(
     memory_format = torch.channels_last if last else torch.contiguous_format
     out = torch.empty(weight.shape, dtype=torch.float32, memory_format=memory_format)
     lib = load(isa)
+    has_amx = bool(lib.sfx_amx())
+    if amx and not has_amx:
+        raise ValueError("amx: expected a processor with AMX and a library for it, got one without; leave it at None")
+    if amx is None:
+        amx = has_amx and _amx_pays(outs // spec.groups, ins, kernel[0] * kernel[1], x.shape[0])
     shape = (ctypes.c_int64 * 11)(
         outs, ins * spec.groups, *kernel, *spec.stride, *spec.padding, *spec.dilation, spec.groups
     )
     status = lib.sfx_conv_dense_wgrad(
-        shape, pointer(grad), pointer(x), x.shape[0] * BLOCK, *x.shape[2:4], last, pointer(out), torch.get_num_threads()
-    )
+        shape, pointer(grad), pointer(x), x.shape[0] * BLOCK, *x.shape[2:4], last, amx, pointer(out),
+        torch.get_num_threads(),
+    )  # fmt: skip
     check(lib, status)
     return out
+
+
+def _amx_pays(outs: int, ins: int, taps: int, blocks: int) -> bool:
+    """Whether matrix units, whose tiles take 16 channels and two blocks of images, make up for packing into them."""
+    return min(outs, ins) >= 16 and blocks > 1 and (taps > 4 or ins >= 256)
 
 
 def linear_dense_wgrad(

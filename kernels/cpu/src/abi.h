@@ -7,6 +7,8 @@ extern "C" {
 
 const char* sfx_error();
 int sfx_lanes();
+// Whether this processor has matrix units that this library uses: Intel's AMX.
+int sfx_amx();
 
 // shape: out, in, R, S, stride (2), pad (2), dilation (2), groups. mask: [out, in / groups, R, S] bytes.
 void* sfx_layer_new(const int64_t* shape, const uint8_t* mask);
@@ -36,9 +38,10 @@ int sfx_conv_gather(void* layer, int kind, int dtype, const void* in, int64_t im
                     void* out, int threads);
 int sfx_conv_wgrad(void* layer, int dtype, const void* grad, const void* in, int64_t images, int64_t h, int64_t w,
                    const SfxPrologue* prologue, float* values, int threads);
-// The gradient of all weights, existing or not; shape as in sfx_layer_new, fp32, out as the weight lies in memory.
+// The gradient of all weights, existing or not; shape as in sfx_layer_new, fp32, out as the weight lies in memory. amx:
+// on matrix units.
 int sfx_conv_dense_wgrad(const int64_t* shape, const float* grad, const float* in, int64_t images, int64_t h, int64_t w,
-                         int channels_last, float* out, int threads);
+                         int channels_last, int amx, float* out, int threads);
 // The same of a linear layer, zero where mask is, and in `dense`, unless it is null, everywhere.
 int sfx_linear_dense_wgrad(const float* grad, const float* in, int64_t rows, int64_t outs, int64_t ins,
                            const uint8_t* mask, float* masked, float* dense, int threads);

@@ -12,6 +12,11 @@ constexpr int64_t STREAMED_GRAD = 4 << 20;  // a larger gradient has left the ca
 void dense_wgrad(const ConvShape& shape, const float* grad, const float* x, int64_t blocks, int64_t h, int64_t w,
                  bool channels_last, float* out, int threads);
 
+// The same on matrix units, as exact; for processors that have them.
+bool has_amx();
+void dense_wgrad_amx(const ConvShape& shape, const float* grad, const float* x, int64_t blocks, int64_t h, int64_t w,
+                     bool channels_last, float* out, int threads);
+
 // masked [outs, ins] from grad [rows, outs] and x [rows, ins], zero where mask [outs, ins] is; `dense`, which may be null,
 // gets what is not masked too. The result does not depend on the number of threads.
 void linear_dense_wgrad(const float* grad, const float* x, int64_t rows, int64_t outs, int64_t ins, const uint8_t* mask,

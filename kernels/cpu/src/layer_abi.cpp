@@ -144,6 +144,7 @@ extern "C" {
 
 const char* sfx_error() { return message; }
 int sfx_lanes() { return LANES; }
+int sfx_amx() { return has_amx(); }
 
 void* sfx_layer_new(const int64_t* s, const uint8_t* mask) {
   Layer* layer = nullptr;
@@ -210,9 +211,10 @@ int sfx_conv_wgrad(void* layer, int dtype, const void* grad, const void* in, int
 }
 
 int sfx_conv_dense_wgrad(const int64_t* shape, const float* grad, const float* in, int64_t images, int64_t h, int64_t w,
-                         int channels_last, float* out, int threads) {
+                         int channels_last, int amx, float* out, int threads) {
   return guarded([&] {
-    dense_wgrad(shape_of(shape), grad, in, blocks_of(images), h, w, channels_last != 0, out, team(threads));
+    const auto run = amx ? dense_wgrad_amx : dense_wgrad;
+    run(shape_of(shape), grad, in, blocks_of(images), h, w, channels_last != 0, out, team(threads));
   });
 }
 

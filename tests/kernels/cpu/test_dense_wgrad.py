@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from sparsefx.kernels.blocked import CONVERTED_DENSE
 from sparsefx.kernels.cpu import dense_wgrad as module
+from sparsefx.kernels.cpu.abi import load
 from sparsefx.kernels.cpu.build import supported_isas
 from sparsefx.kernels.cpu.dense_wgrad import dense_wgrad, linear_dense_wgrad
 from sparsefx.kernels.reference import DENSE
@@ -50,9 +51,40 @@ def _spec(case):
 def test_equals_autograd(case, isa, threads):
     x, w, g, wanted = _layer(*case)
     torch.set_num_threads(threads)  # the folder's fixture restores it
-    got = dense_wgrad(_spec(case), blocked(g), blocked(x), w, isa)
+    got = dense_wgrad(_spec(case), blocked(g), blocked(x), w, isa, amx=False)
     assert got.shape == w.shape
     assert error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("case", [*CASES.values(), (53, 40, 70, (6, 5), (3, 3), (1, 1), (1, 1), (1, 1), 1)])
+def test_matrix_units_are_as_exact_as_fp32(case, last, threads):
+    if not load().sfx_amx():
+        pytest.skip("this processor, or the library's compiler, has no AMX")
+    x, w, g, wanted = _layer(*case)
+    w = w.contiguous(memory_format=torch.channels_last) if last else w
+    torch.set_num_threads(threads)
+    units = dense_wgrad(_spec(case), blocked(g), blocked(x), w, amx=True)
+    vectors = dense_wgrad(_spec(case), blocked(g), blocked(x), w, amx=False)
+    assert units.stride() == w.stride()
+    assert error(units, wanted) < 2 * error(vectors, wanted) + 1e-7
+
+
+def test_matrix_units_take_numbers_of_any_size_and_none():
+    if not load().sfx_amx():
+        pytest.skip("this processor, or the library's compiler, has no AMX")
+    case = (32, 16, 16, (4, 4), (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    x, w, g, wanted = _layer(*case)
+    scale = 2.0 ** torch.arange(-80, 80, 10).view(1, 16, 1, 1)
+    got = dense_wgrad(_spec(case), blocked(g), blocked(x * scale), w, amx=True)
+    for c in range(16):
+        assert error(got[:, c], wanted[:, c] * scale[0, c]) < 1e-6
+    for value in (float("inf"), float("nan")):
+        x[3, 5, 2, 2] = value
+        got = dense_wgrad(_spec(case), blocked(g), blocked(x), w, amx=True)
+        assert not got[:, 5].isfinite().any()
+        assert got[:, :5].isfinite().all()
 
 
 @pytest.mark.parametrize("last", [False, True])
