@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from sparsefx.kernels.blocked import CONVERTED_DENSE, prepared
+from sparsefx.kernels.blocked import CONVERTED_DENSE
 from sparsefx.kernels.masking import any_nonzero, masked, masked_, masked_product
+from sparsefx.kernels.norm import prepared
 from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.spec import ConvSpec, Prologue, bias_grad
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsefx.kernels import blocked as kernels
-from sparsefx.kernels import ops
+from sparsefx.kernels import norm, ops
 from sparsefx.kernels.cpu.abi import BLOCK
 from sparsefx.kernels.cpu.layout import as_channels_last, from_channels_last
 from sparsefx.kernels.spec import ConvSpec, Prologue
@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
 
     def written(self) -> Tensor:
         """The result."""
-        return self.x if self.prologue is None else kernels.prepared(self.x, self.prologue, self.images)
+        return self.x if self.prologue is None else norm.prepared(self.x, self.prologue, self.images)
 
 
 def conv(
@@ -60,33 +60,64 @@ def conv(
 
 
 def batch_norm(
-    layer: nn.BatchNorm2d, x: Tensor, images: int, residual: Tensor | None = None, relu: bool = False
-) -> Tensor:
-    """The layer, then `+ residual`, then a ReLU; running statistics as torch keeps them."""
+    layer: nn.BatchNorm2d,
+    x: Tensor,
+    images: int,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    forks: norm.Forks = norm.NO_FORKS,
+) -> Any:
+    """The layer, then `+ residual`, then a ReLU; running statistics as torch keeps them.
+
+    Args:
+        forks: The input, the result, or both once more, for another reader; the result is then a tuple.
+    """
     if x.dim() == 4:
         c, h, w, n = x.shape
         out = nn.BatchNorm2d.forward(layer, x.reshape(1, c, h * w, n)).view(x.shape)
         out = out if residual is None else out.add_(residual)
-        return torch.relu_(out) if relu else out
-    factor = _factor(layer)
-    y, mean, var = kernels.batch_norm(x, residual, *_of(layer), **_options(layer), images=images, relu=relu)
-    _track(layer, mean, var, factor, images * x.shape[2] * x.shape[3])
-    return y
+        out = torch.relu_(out) if relu else out
+        return _fork(out, x, forks)
+    factor, forked = _factor(layer), _forked(forks)
+    found = norm.batch_norm(x, residual, *_of(layer), **_options(layer), images=images, relu=relu, forks=forked)
+    _track(layer, found, factor, images * x.shape[2] * x.shape[3])
+    if any(forked):
+        return found.y, *found.forks
+    return _fork(found.y, x, forks)
 
 
-def prepare(layer: nn.BatchNorm2d, x: Tensor, images: int, relu: bool = False) -> Prepared:
+def prepare(
+    layer: nn.BatchNorm2d, x: Tensor, images: int, relu: bool = False, forks: norm.Forks = norm.NO_FORKS
+) -> Any:
     """`batch_norm` for convolutions and max poolings alone, which then normalize what they read.
 
     A compiled graph, and one on CUDA, writes the result.
     """
     if x.dim() == 4 or torch.compiler.is_compiling():
-        return Prepared(batch_norm(layer, x, images, relu=relu), None, images)
-    factor = _factor(layer)
-    stands, prologue, mean, var = kernels.batch_norm_unwritten(
-        x, *_of(layer), **_options(layer), images=images, relu=relu
+        out = Prepared(batch_norm(layer, x, images, relu=relu), None, images)
+        return _fork(out, x, forks)
+    factor, forked = _factor(layer), _forked(forks)
+    found, prologue = norm.batch_norm_unwritten(
+        x, *_of(layer), **_options(layer), images=images, relu=relu, forks=forked
     )
-    _track(layer, mean, var, factor, images * x.shape[2] * x.shape[3])
-    return Prepared(stands, prologue, images)
+    _track(layer, found, factor, images * x.shape[2] * x.shape[3])
+    out = Prepared(found.y, prologue, images)
+    if not any(forked):
+        return _fork(out, x, forks)
+    more = (Prepared(found.forks[-1], prologue, images),) if forks.output else ()
+    return out, *found.forks[: int(forks.input)], *more
+
+
+def _forked(forks: norm.Forks) -> norm.Forks:
+    """What the norm has to fork: where no backward pass sums gradients, any reader may have the tensor itself."""
+    return forks if torch.is_grad_enabled() and not torch.compiler.is_compiling() else norm.NO_FORKS
+
+
+def _fork(out: Any, x: Tensor, forks: norm.Forks) -> Any:
+    """The result, with the tensors themselves for forks."""
+    if not any(forks):
+        return out
+    return out, *(t for t, wanted in zip((x, out), forks, strict=True) if wanted)
 
 
 def _of(layer: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
@@ -106,13 +137,13 @@ def _factor(layer: nn.BatchNorm2d) -> float:
     return 0.0 if layer.momentum is None else layer.momentum
 
 
-def _track(layer: nn.BatchNorm2d, mean: Tensor, var: Tensor, factor: float, count: int) -> None:
+def _track(layer: nn.BatchNorm2d, found: norm.Normalized, factor: float, count: int) -> None:
     """Move the running statistics towards those of a batch of `count` values a channel."""
     running_mean, running_var = layer.running_mean, layer.running_var
     if layer.training and layer.track_running_stats and running_mean is not None and running_var is not None:
         with torch.no_grad():
-            running_mean.lerp_(mean, factor)
-            running_var.lerp_(var * (count / (count - 1)), factor)
+            running_mean.lerp_(found.mean, factor)
+            running_var.lerp_(found.var * (count / (count - 1)), factor)
 
 
 def max_pool2d(

@@ -12,8 +12,8 @@ from .abi import BLOCK, DTYPES, empty, load, pointer, require
 
 class _Arguments(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "grad", "y", "dx", "dresidual", "weight", "bias")),
-        *((name, ctypes.c_void_p) for name in ("mean", "var", "rstd", "dweight", "dbias")),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "grad", "grad2", "skip", "y", "dx", "dresidual")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "mean", "var", "rstd", "dweight", "dbias")),
         ("eps", ctypes.c_double),
         ("training", ctypes.c_int32),
         ("relu", ctypes.c_int32),
@@ -116,6 +116,8 @@ def batch_norm_backward(
     images: int | None = None,
     relu: bool = False,
     residual: bool = False,
+    grad2: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> NormGrads:
     """Gradients of `batch_norm_forward`.
 
@@ -125,11 +127,18 @@ def batch_norm_backward(
         y: The forward's output; may be None without a residual, then the ReLU's sign is recomputed from `x`.
         mean, rstd: The forward's.
         residual: Whether the forward added one.
+        grad2: Added to `grad`.
+        skip: Added to the input's gradient.
     """
     require("x", x, dims=5)
     require("grad", grad, dtype=x.dtype, dims=5)
     if grad.shape != x.shape or (y is not None and (y.shape != x.shape or y.dtype != x.dtype)):
         raise ValueError(f"grad, y: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(grad.shape)}")
+    for name, more in (("grad2", grad2), ("skip", skip)):
+        if more is not None:
+            require(name, more, dtype=x.dtype, dims=5)
+            if more.shape != x.shape:
+                raise ValueError(f"{name}: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(more.shape)}")
     if residual and relu and y is None:
         raise ValueError("y: expected the forward's output where a residual was added before the ReLU, got None")
     b, c, h, w, _ = x.shape
@@ -138,9 +147,10 @@ def batch_norm_backward(
     dresidual = empty(lib, x.shape, x.dtype) if residual else None
     dweight, dbias = torch.empty(c), torch.empty(c)
     arguments = _Arguments(
-        x=pointer(x), grad=pointer(grad), y=_channels_or_blocked(y), dx=pointer(dx), dresidual=pointer(dresidual),
-        weight=_channels_or_blocked(weight), bias=_channels_or_blocked(bias), mean=pointer(mean), rstd=pointer(rstd),
-        dweight=pointer(dweight), dbias=pointer(dbias), training=training, relu=relu,
+        x=pointer(x), grad=pointer(grad), grad2=pointer(grad2), skip=pointer(skip), y=_channels_or_blocked(y),
+        dx=pointer(dx), dresidual=pointer(dresidual), weight=_channels_or_blocked(weight),
+        bias=_channels_or_blocked(bias), mean=pointer(mean), rstd=pointer(rstd), dweight=pointer(dweight),
+        dbias=pointer(dbias), training=training, relu=relu,
     )  # fmt: skip
     n = images or b * BLOCK
     lib.sfx_norm(1, DTYPES[x.dtype], ctypes.byref(arguments), n, c, h * w, torch.get_num_threads())

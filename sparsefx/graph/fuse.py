@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from sparsefx import blocked
 from sparsefx.graph.layout import writes
+from sparsefx.kernels.norm import Forks
 
 _RELUS = {torch.relu, torch.relu_, F.relu, "relu", "relu_"}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -29,6 +30,10 @@ def fuse(model: nn.Module, graph: fx.Graph) -> None:
                 node.target = blocked.prepare
             if _centres(model, node):
                 node.args[1].kwargs = {"centred": True}
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.target in (blocked.batch_norm, blocked.prepare):
+            _fork(model, graph, node, order)
     graph.lint()
 
 
@@ -53,6 +58,27 @@ def _centres(model: nn.Module, node: fx.Node) -> bool:
     norm: Any = model.get_submodule(str(layer.target))
     batch = norm.training or norm.running_mean is None
     return batch and x.target is blocked.conv and not x.kwargs and len(x.users) == 1
+
+
+def _fork(model: nn.Module, graph: fx.Graph, node: fx.Node, order: dict[fx.Node, int]) -> None:
+    """Let a BatchNorm sum the gradients of its input and its output, where each has one other reader behind it."""
+    x = cast("fx.Node", node.args[1])
+    around = [user for user in x.users if user is not node]
+    readers = list(node.users)
+    written = any(writes(model, user) for user in (*around, *readers))
+    forks = Forks(
+        input=len(around) == 1 and order[around[0]] > order[node] and node.kwargs.get("residual") is not x,
+        output=len(readers) == 2,
+    )
+    if written or not any(forks):
+        return
+    node.kwargs = {**node.kwargs, "forks": forks}
+    with graph.inserting_after(node):
+        parts = [graph.call_function(operator.getitem, (node, i)) for i in range(sum(forks), -1, -1)][::-1]
+    for reader in readers:
+        reader.replace_input_with(node, parts[-1] if forks.output and reader is readers[-1] else parts[0])
+    if forks.input:
+        around[0].replace_input_with(x, parts[1])
 
 
 def _fuse(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:

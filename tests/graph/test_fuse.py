@@ -9,7 +9,7 @@ from torch import nn
 import sparsefx
 from sparsefx import blocked
 from sparsefx.specialize import Specializer
-from tests.graph.region_nets import NETS, Net, in_regions, pair, relative
+from tests.graph.region_nets import NETS, Net, assert_equals_twin, in_regions, pair, relative
 
 __all__ = ["in_regions"]
 pytestmark = pytest.mark.usefixtures("in_regions")
@@ -262,3 +262,77 @@ def test_autocast_rounds_what_is_read():
             rough = blocked.conv(conv, blocked.prepare(norm, x, 4, relu=True), 4)
     assert rough.dtype == torch.bfloat16
     assert relative(rough, exact.double()) < 0.02
+
+
+class Around(nn.Module):
+    """A norm whose input, and whose output, something else reads too; parts may keep their gradient back."""
+
+    def __init__(self, detached: str = ""):
+        super().__init__()
+        self.norm, self.detached = nn.BatchNorm2d(8), detached
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        y = torch.relu(self.norm(x))
+        one, other = self.conv1(y), self.conv2(y)
+        one = one.detach() if "one" in self.detached else one
+        other = other.detach() if "other" in self.detached else other
+        return one + other + x
+
+
+def forks(model) -> dict[str, tuple[bool, bool]]:
+    """Of each norm of the graph that hands on its input or its output: which."""
+    norms = [n for n in model.graph.nodes if n.target in (blocked.batch_norm, blocked.prepare)]
+    return {str(n.args[0].target): tuple(n.kwargs["forks"]) for n in norms if "forks" in n.kwargs}
+
+
+@pytest.mark.parametrize("kind", ["wrn", "resnet"])
+def test_norms_of_residual_blocks_sum_what_reads_around_them(kind):
+    model = assert_equals_twin(kind, X, True)
+    wanted = {
+        "wrn": {"body.0.norm1": (True, False), "body.1.norm1": (True, False)},
+        "resnet": {"body.0.norm2": (False, True)},
+    }
+    assert forks(model) == wanted[kind]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("detached", ["", "one", "other", "one and other"])
+def test_a_norm_sums_the_gradients_of_two_readers_each(detached, training):
+    model, twin = pair(Net(Around(detached)), X)
+    for net in (model, twin):
+        net.train(training)
+    one, other = X.clone().requires_grad_(), X.double().requires_grad_()
+    model(one).square().sum().backward()
+    twin(other).square().sum().backward()
+    assert forks(model) == {"body.norm": (True, True)}
+    assert relative(one.grad, other.grad) < 1e-5
+    for name in ("body.norm.weight", "body.norm.bias"):
+        got, wanted = model.get_parameter(name).grad, twin.get_parameter(name).grad
+        assert (got is None or not got.any()) if detached == "one and other" else relative(got, wanted) < 1e-5
+
+
+def test_a_gradient_of_a_gradient_through_a_norm_with_two_readers_each():
+    model, twin = pair(Net(Around()), X)
+    found = []
+    for net, x in ((model, X.clone().requires_grad_()), (twin, X.double().requires_grad_())):
+        (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), [net.body.norm.weight, net.body.norm.bias]))
+    for got, wanted in zip(*found, strict=True):
+        assert relative(got, wanted) < 1e-4
+
+
+def test_a_norm_that_more_or_earlier_nodes_read_around_hands_nothing_on():
+    class Early(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            z = torch.tanh(self.conv(x))
+            y = self.norm(x)
+            return torch.relu(y) + torch.tanh(y) + y + z
+
+    model, twin = pair(Net(Early()), X)
+    assert relative(model(X), twin(X.double())) < 1e-5
+    assert forks(model) == {}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparsefx.kernels import blocked, ops
+from sparsefx.kernels import blocked, norm, ops
 from sparsefx.kernels.cpu import Pool
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.sparse_cpu import SparseCpu
@@ -29,7 +29,7 @@ def test_operators_pass_opcheck():
         OPS.blocked_norm, (x, x.clone(), weight, bias, None, None, True, 1e-5, 5, True), test_utils=checks
     )
     torch.library.opcheck(OPS.blocked_norm, (x, None, None, None, mean, var, False, 1e-5, 5, False), test_utils=checks)
-    backward = (x, x.clone(), None, weight, bias, mean, var, True, 5, True, False)
+    backward = (x, x.clone(), None, weight, bias, mean, var, True, 5, True, False, x.clone(), None)
     torch.library.opcheck(OPS.blocked_norm_backward, backward, test_utils=checks)
     window = ([6, 7], [3, 2], [2, 2], [1, 0])
     torch.library.opcheck(OPS.blocked_max_pool, (x, *window), test_utils=checks)
@@ -40,7 +40,7 @@ def test_operators_pass_opcheck():
 def chain(x, weight, bias):
     """A region by hand: borders, a norm with a residual, a pooling."""
     y, residual = blocked.enter(x), blocked.enter(x)
-    z, mean, var = blocked.batch_norm(
+    z, mean, var, *_ = norm.batch_norm(
         y, residual, weight, bias, None, None, training=True, eps=1e-5, images=x.shape[0], relu=True
     )
     pooled = blocked.max_pool(z, Pool((x.shape[2], x.shape[3]), (2, 2), (2, 2), (0, 0)))

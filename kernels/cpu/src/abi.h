@@ -67,6 +67,7 @@ void sfx_convert(int to_blocked, int dtype, const void* from, void* to, int64_t 
 // BatchNorm (+ residual) (+ ReLU). Activations are blocked, of one dtype; the rest is fp32 per channel.
 struct SfxNorm {
   const void *x, *residual, *grad;
+  const void *grad2, *skip;                 // added to the output's gradient and to the input's, may be null
   void *y, *dx, *dresidual;                 // y may be null: forward then writes statistics alone, backward has no residual
   const float *weight, *bias;               // null: 1 and 0
   float *mean, *var, *rstd;                 // written when training in forward, else read (var unused)

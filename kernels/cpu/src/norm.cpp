@@ -125,12 +125,14 @@ void backward(const SfxNorm& a, Channel c) {
   const T* x = static_cast<const T*>(a.x);
   const T* y = static_cast<const T*>(a.y);
   const T* g = static_cast<const T*>(a.grad);
+  const T* g2 = static_cast<const T*>(a.grad2);
+  const T* skip = static_cast<const T*>(a.skip);
   T* dx = static_cast<T*>(a.dx);
   T* dr = static_cast<T*>(a.dresidual);
   const float weight = a.weight ? a.weight[c.index] : 1.0f;
   const Affine affine(a.mean[c.index], a.rstd[c.index], weight, a.bias ? a.bias[c.index] : 0.0f);
   const auto passed = [&](int64_t k) {  // the gradient behind the ReLU
-    const vf value = load_as_float(g + k);
+    const vf value = g2 ? load_as_float(g + k) + load_as_float(g2 + k) : load_as_float(g + k);
     if (!a.relu) return value;
     const vf out = y ? load_as_float(y + k) : affine(load_as_float(x + k));
     return out <= 0.0f ? vf{} : value;
@@ -151,7 +153,8 @@ void backward(const SfxNorm& a, Channel c) {
   each(c, [&](int64_t k, const LaneMask& mask, int v) {
     const vf through = passed(k);
     if (dr) store_from_float(dr + k, mask.apply(through, v));
-    const vf value = scale * (through - offset - (load_as_float(x + k) - affine.mean) * slope);
+    vf value = scale * (through - offset - (load_as_float(x + k) - affine.mean) * slope);
+    if (skip) value += load_as_float(skip + k);
     store_from_float(dx + k, mask.apply(value, v));
   });
 }
