@@ -96,6 +96,14 @@ struct Affine {
   SFX_INLINE vf operator()(vf x) const { return (x - mean) * scale + shift; }
 };
 
+// Past the caches on the Xeons alone: on Zen that was found to be no faster.
+template <class T>
+Writer<T> writer(const Channel& c) {
+  Writer<T> write(c.blocks() * c.channels * c.pixels * BLOCK);
+  write.past_caches &= processor() == Processor::SAPPHIRE_RAPIDS;
+  return write;
+}
+
 template <class T>
 void forward(const SfxNorm& a, Channel c) {
   const T* x = static_cast<const T*>(a.x);
@@ -112,12 +120,14 @@ void forward(const SfxNorm& a, Channel c) {
   if (!y) return;
   const Affine affine(a.mean[c.index], a.rstd[c.index], a.weight ? a.weight[c.index] : 1.0f,
                       a.bias ? a.bias[c.index] : 0.0f);
+  const Writer<T> write = writer<T>(c);
   each(c, [&](int64_t k, const LaneMask& mask, int v) {
     vf value = affine(load_as_float(x + k));
     if (residual) value += load_as_float(residual + k);
     if (a.relu) value = relu(value);
-    store_from_float(y + k, mask.apply(value, v));
+    write(y + k, mask.apply(value, v));
   });
+  if (write.past_caches) fence();
 }
 
 template <class T>
@@ -150,13 +160,15 @@ void backward(const SfxNorm& a, Channel c) {
   const vf scale = splat(float(rstd * weight));
   const vf offset = splat(a.training ? float(sums[0] / c.count()) : 0.0f);
   const vf slope = splat(a.training ? float(sums[1] * rstd * rstd / c.count()) : 0.0f);
+  const Writer<T> write = writer<T>(c);
   each(c, [&](int64_t k, const LaneMask& mask, int v) {
     const vf through = passed(k);
-    if (dr) store_from_float(dr + k, mask.apply(through, v));
+    if (dr) write(dr + k, mask.apply(through, v));
     vf value = scale * (through - offset - (load_as_float(x + k) - affine.mean) * slope);
     if (skip) value += load_as_float(skip + k);
-    store_from_float(dx + k, mask.apply(value, v));
+    write(dx + k, mask.apply(value, v));
   });
+  if (write.past_caches) fence();
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ def _run(x, residual, relu, training, affine=True, dtype=torch.float32):
     return want, out, grads, (xd, rd, wd, bd), (mean, mean64), (var, var64)
 
 
-@pytest.mark.parametrize("shape", [(32, 5, 4, 4), (37, 3, 7, 5), (1, 4, 9, 9), (200, 2, 1, 1)])
+@pytest.mark.parametrize("shape", [(32, 5, 4, 4), (37, 3, 7, 5), (1, 4, 9, 9), (200, 2, 1, 1), (17, 9, 64, 64)])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("training", [True, False])
