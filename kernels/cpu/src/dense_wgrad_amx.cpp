@@ -5,8 +5,7 @@
 #include "outer_products.h"
 #include "transpose.h"
 
-#if defined(__AVX512BW__) && defined(__x86_64__) && defined(__linux__) && \
-    (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#if defined(__AVX512BW__) && defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 11
 #define SFX_AMX 1
 #include <cpuid.h>
 #include <sys/syscall.h>
