@@ -19,8 +19,6 @@ namespace {
 
 constexpr int SIDE = 16;   // rows of a tile, and its columns of fp32 or of pairs of bf16
 constexpr int PARTS = 3;   // of a number: the first holds its highest bits
-constexpr int DEPTH = 2;   // blocks of images whose products one instruction sums
-constexpr int MAX_INPUTS = 2 * SIDE;
 constexpr int64_t TILE = SIDE * 64, CELL = PARTS * 2 * TILE;  // bytes of a tile, and of two panels' sides at a position
 static_assert(PANEL == 2 * SIDE && LANES == SIDE, "a panel is two tiles wide");
 
@@ -52,13 +50,7 @@ SFX_INLINE void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
-// Positions that a panel of sums runs over; pitches in bytes. At a position lie, of each part, two tiles: rows of the
-// input's are channels, rows of the gradient's pairs of images.
-struct Walk {
-  int64_t blocks, rows, columns;
-  int64_t x_block, x_row, x_column, g_block, g_row;
-};
-
+// At a position lie, of each part, two tiles: rows of the input's are channels, rows of the gradient's pairs of images.
 // Tiles 0 to 3 are sums of inputs x outputs, 4 and 5 hold a part of the inputs, 6 and 7 one of the outputs.
 template <int WIDTH, int PART, int T>
 SFX_INLINE void load_tiles(const char* cell) {
@@ -154,49 +146,18 @@ void pack(const float* from, int64_t channel, int64_t block, bool second, int64_
     }
 }
 
-// Bytes of what a thread packs: the gradient of a panel, and the input of one.
-int64_t panel_grad(const Cut& cut) { return cut.tile_blocks * cut.rows * cut.out_w * CELL; }
-int64_t panel_input(const Cut& cut) { return cut.tile_blocks * cut.input_rows() * cut.w * CELL; }
-
-// sums += those of a unit over one tile, of `blocks` blocks in all.
-void add_tile(const Cut& cut, int64_t blocks, const Place& at, const float* grad, const float* x, char* packed,
-              float* sums) {
-  const ConvShape& s = cut.s;
-  const int64_t h = cut.h, w = cut.w, out_w = cut.out_w, plane = h * w * BLOCK, out_plane = cut.out_h * out_w * BLOCK;
-  const int64_t g_block = at.y.size() * out_w * CELL, x_block = at.in_y.size() * w * CELL;
-  for (int64_t p = 0; p < at.panels; ++p)
-    for (int64_t b = 0; b < at.blocks; ++b) {
-      const int64_t first = at.k.first + p * PANEL, block = (at.block + b) * DEPTH;
-      pack<true>(grad + (block * s.out + at.group * cut.outs + first) * out_plane + at.y.first * out_w * BLOCK, out_plane,
-                 s.out * out_plane, block + 1 < blocks, std::min<int64_t>(PANEL, at.k.end - first),
-                 at.y.size() * out_w, packed + p * panel_grad(cut) + b * g_block);
-    }
-  char* const packed_x = packed + cut.unit_panels * panel_grad(cut);
-  for (int64_t c0 = 0; c0 < cut.ins; c0 += cut.inputs) {
-    const int64_t n = std::min(cut.inputs, cut.ins - c0);
-    for (int64_t b = 0; b < at.blocks; ++b) {
-      const int64_t block = (at.block + b) * DEPTH;
-      pack<false>(x + (block * s.in + at.group * cut.ins + c0) * plane + at.in_y.first * w * BLOCK, plane, s.in * plane,
-                  block + 1 < blocks, n, at.in_y.size() * w, packed_x + b * x_block);
-    }
-    for (int64_t r = 0; r < s.kernel[0]; ++r)
-      for (int64_t q = 0; q < s.kernel[1]; ++q, sums += cut.unit_panels * cut.panel_sums()) {
-        const Range ys = reading(s, 0, r, h, at.y), xs = reading(s, 1, q, w, {0, out_w});
-        if (ys.size() <= 0 || xs.size() <= 0) continue;
-        const int64_t from_y = ys.first * s.stride[0] + r * s.dilation[0] - s.pad[0] - at.in_y.first;
-        const int64_t from_x = xs.first * s.stride[1] + q * s.dilation[1] - s.pad[1];
-        const char* const g = packed + ((ys.first - at.y.first) * out_w + xs.first) * CELL;
-        const Walk walk{at.blocks, ys.size(), xs.size(), x_block, s.stride[0] * w * CELL, s.stride[1] * CELL,
-                        g_block, out_w * CELL};
-        for (int64_t p = 0; p < at.panels; ++p) {
-          const bool wide = at.k.size() - p * PANEL > SIDE;
-          const auto kernel = n > SIDE ? (wide ? outer_kernel<2, 2> : outer_kernel<2, 1>)
-                                       : (wide ? outer_kernel<1, 2> : outer_kernel<1, 1>);
-          kernel(packed_x + (from_y * w + from_x) * CELL, g + p * panel_grad(cut), walk, sums + p * cut.panel_sums());
-        }
-      }
+// Matrix units, of which one instruction sums the products of two blocks of images.
+struct Matrices {
+  using Thread = Tiles;
+  static constexpr int64_t DEPTH = 2, MAX_INPUTS = 2 * SIDE, INPUT_STEP = SIDE, GRAD_CELL = CELL;
+  static int64_t input_cell(int64_t) { return CELL; }
+  static constexpr auto pack_grad = pack<true>, pack_input = pack<false>;
+  static void multiply(int64_t inputs, int64_t outputs, const char* x, const char* grad, const Walk& walk, float* sums) {
+    const auto kernel = inputs > SIDE ? (outputs > SIDE ? outer_kernel<2, 2> : outer_kernel<2, 1>)
+                                      : (outputs > SIDE ? outer_kernel<1, 2> : outer_kernel<1, 1>);
+    kernel(x, grad, walk, sums);
   }
-}
+};
 
 bool permitted() {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -217,11 +178,7 @@ void dense_wgrad_amx(const ConvShape& shape, const float* grad, const float* x, 
                      bool channels_last, float* out, int threads) {
   // Packing the input costs more the fewer taps and outputs read it.
   const int64_t panels = shape.taps() < 4 || shape.stride[0] * shape.stride[1] > 1 ? 4 : 2;
-  const Cut cut(shape, ceil_div(blocks, DEPTH), h, w, MAX_INPUTS, SIDE, panels, threads);
-  const int64_t held = cut.unit_panels * panel_grad(cut) + panel_input(cut);
-  sum_tiles<Tiles>(cut, held, channels_last, out, threads, [&](const Place& at, char* packed, float* sums) {
-    add_tile(cut, blocks, at, grad, x, packed, sums);
-  });
+  outer_products<Matrices>(shape, grad, x, blocks, h, w, panels, channels_last, out, threads);
 }
 #else
 bool has_amx() { return false; }

@@ -125,22 +125,81 @@ inline void write_outputs(const Cut& cut, int64_t unit, int64_t k0, const float*
     }
 }
 
-// Fills `out` from what add(place, packed, sums) adds to the sums of a unit over a tile, where `packed` is scratch of
-// `held` bytes. A thread holds a `Thread` while it adds.
-template <class Thread, class Add>
-void sum_tiles(const Cut& cut, int64_t held, bool channels_last, float* out, int threads, Add&& add) {
+// Positions that a panel of sums runs over; pitches in bytes, of cells: what is packed of a position.
+struct Walk {
+  int64_t blocks, rows, columns;
+  int64_t x_block, x_row, x_column, g_block, g_row;
+};
+
+// Bytes of what a thread packs: the gradient of a panel, and the input of one.
+template <class Unit>
+int64_t panel_grad(const Cut& cut) {
+  return cut.tile_blocks * cut.rows * cut.out_w * Unit::GRAD_CELL;
+}
+template <class Unit>
+int64_t panel_input(const Cut& cut) {
+  return cut.tile_blocks * cut.input_rows() * cut.w * Unit::input_cell(cut.inputs);
+}
+
+// sums += those of a unit over one tile. `blocks` of images there are in all, of which a block of the cut has DEPTH.
+template <class Unit>
+void add_tile(const Cut& cut, int64_t blocks, const Place& at, const float* grad, const float* x, char* packed,
+              float* sums) {
+  const ConvShape& s = cut.s;
+  const int64_t h = cut.h, w = cut.w, out_w = cut.out_w, plane = h * w * BLOCK, out_plane = cut.out_h * out_w * BLOCK;
+  const int64_t g_block = at.y.size() * out_w * Unit::GRAD_CELL, g_panel = panel_grad<Unit>(cut);
+  for (int64_t p = 0; p < at.panels; ++p)
+    for (int64_t b = 0; b < at.blocks; ++b) {
+      const int64_t first = at.k.first + p * PANEL, block = (at.block + b) * Unit::DEPTH;
+      Unit::pack_grad(grad + (block * s.out + at.group * cut.outs + first) * out_plane + at.y.first * out_w * BLOCK,
+                      out_plane, s.out * out_plane, block + 1 < blocks, std::min<int64_t>(PANEL, at.k.end - first),
+                      at.y.size() * out_w, packed + p * g_panel + b * g_block);
+    }
+  char* const packed_x = packed + cut.unit_panels * g_panel;
+  for (int64_t c0 = 0; c0 < cut.ins; c0 += cut.inputs) {
+    const int64_t n = std::min(cut.inputs, cut.ins - c0), cell = Unit::input_cell(n);
+    const int64_t x_block = at.in_y.size() * w * cell;
+    for (int64_t b = 0; b < at.blocks; ++b) {
+      const int64_t block = (at.block + b) * Unit::DEPTH;
+      Unit::pack_input(x + (block * s.in + at.group * cut.ins + c0) * plane + at.in_y.first * w * BLOCK, plane,
+                       s.in * plane, block + 1 < blocks, n, at.in_y.size() * w, packed_x + b * x_block);
+    }
+    for (int64_t r = 0; r < s.kernel[0]; ++r)
+      for (int64_t q = 0; q < s.kernel[1]; ++q, sums += cut.unit_panels * cut.panel_sums()) {
+        const Range ys = reading(s, 0, r, h, at.y), xs = reading(s, 1, q, w, {0, out_w});
+        if (ys.size() <= 0 || xs.size() <= 0) continue;
+        const int64_t from_y = ys.first * s.stride[0] + r * s.dilation[0] - s.pad[0] - at.in_y.first;
+        const int64_t from_x = xs.first * s.stride[1] + q * s.dilation[1] - s.pad[1];
+        const char* const g = packed + ((ys.first - at.y.first) * out_w + xs.first) * Unit::GRAD_CELL;
+        const Walk walk{at.blocks, ys.size(), xs.size(), x_block, s.stride[0] * w * cell, s.stride[1] * cell,
+                        g_block, out_w * Unit::GRAD_CELL};
+        for (int64_t p = 0; p < at.panels; ++p)
+          Unit::multiply(n, at.k.size() - p * PANEL, packed_x + (from_y * w + from_x) * cell, g + p * g_panel, walk,
+                         sums + p * cut.panel_sums());
+      }
+  }
+}
+
+// The gradient of all weights by a Unit, which says how it packs and multiplies: DEPTH blocks of images at a time, at
+// most MAX_INPUTS input channels in steps of INPUT_STEP. A thread holds a Unit::Thread meanwhile.
+template <class Unit>
+void outer_products(const ConvShape& shape, const float* grad, const float* x, int64_t blocks, int64_t h, int64_t w,
+                    int64_t panels, bool channels_last, float* out, int threads) {
+  const Cut cut(shape, ceil_div(blocks, Unit::DEPTH), h, w, Unit::MAX_INPUTS, Unit::INPUT_STEP, panels, threads);
   const int64_t items = cut.units * cut.splits, unit_sums = cut.unit_sums();
+  const int64_t held = align64(cut.unit_panels * panel_grad<Unit>(cut) + panel_input<Unit>(cut));
   float* const sums = reinterpret_cast<float*>(scratch(0, items * unit_sums * 4));
   char* const memory = scratch(1, held * threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    [[maybe_unused]] const Thread thread;
+    [[maybe_unused]] const typename Unit::Thread thread;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < items; ++item) {
       const int64_t split = item % cut.splits;
       std::memset(sums + item * unit_sums, 0, unit_sums * 4);
       for (int64_t tile = cut.tiles * split / cut.splits; tile < cut.tiles * (split + 1) / cut.splits; ++tile)
-        add(Place(cut, item / cut.splits, tile), memory + omp_get_thread_num() * held, sums + item * unit_sums);
+        add_tile<Unit>(cut, blocks, Place(cut, item / cut.splits, tile), grad, x, memory + omp_get_thread_num() * held,
+                       sums + item * unit_sums);
     }
   }
 #pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1) schedule(static)
