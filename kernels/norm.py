@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsefx.kernels.blocked import enter, leave
-from sparsefx.kernels.cpu.norm import apply_prologue, batch_norm_backward, batch_norm_forward
+from sparsefx.kernels.cpu import norm as kernel
 from sparsefx.kernels.spec import Prologue
 
 
@@ -53,6 +53,7 @@ def batch_norm(
     eps: float,
     images: int,
     relu: bool,
+    factor: float | None = None,
     forks: Forks = NO_FORKS,
 ) -> Normalized:
     """Normalize, add `residual`, clamp at zero where `relu`.
@@ -60,11 +61,13 @@ def batch_norm(
     Args:
         x, residual: Blocked, of `images` images.
         weight, bias: `[C]` fp32 or None.
-        mean, var: Statistics to use, `[C]` fp32; unused in training, which takes those of the batch.
+        mean, var: Running statistics, `[C]` fp32, to use outside of training.
+        factor: Share of this batch in the running statistics, which training moves; None leaves them. Not in a compiled
+            graph.
         forks: Not in a compiled graph.
     """
     given = x, residual, weight, bias, mean, var
-    y, used_mean, used_var, rstd, *forked = _Norm.apply(*given, training, eps, images, relu, True, *forks)
+    y, used_mean, used_var, rstd, *forked = _Norm.apply(*given, training, eps, images, relu, factor, True, *forks)
     return Normalized(y, used_mean, used_var, rstd, tuple(forked))
 
 
@@ -79,6 +82,7 @@ def batch_norm_unwritten(
     eps: float,
     images: int,
     relu: bool,
+    factor: float | None = None,
     forks: Forks = NO_FORKS,
 ) -> tuple[Normalized, Prologue]:
     """`batch_norm` whose output nobody writes: convolutions and max poolings compute it as they read.
@@ -87,10 +91,8 @@ def batch_norm_unwritten(
         The output stands for the result in the graph of gradients and holds `x`; and what its readers do to it.
     """
     given = x, None, weight, bias, mean, var
-    stands, used_mean, used_var, rstd, *forked = _Norm.apply(*given, training, eps, images, relu, False, *forks)
-    with torch.no_grad():
-        scale = rstd if weight is None else rstd * weight
-        shift = torch.zeros_like(rstd) if bias is None else bias.detach().clone()
+    out = _Norm.apply(*given, training, eps, images, relu, factor, False, *forks)
+    stands, used_mean, used_var, rstd, scale, shift, *forked = out
     found = Normalized(stands, used_mean, used_var, rstd, tuple(forked))
     return found, Prologue(used_mean, scale, shift, relu)
 
@@ -105,7 +107,7 @@ class _Prepared(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, prologue: Prologue, images: int) -> Tensor:
-        return apply_prologue(x, prologue, images)
+        return kernel.apply_prologue(x, prologue, images)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -132,45 +134,50 @@ class _Norm(torch.autograd.Function):
         eps: float,
         images: int,
         relu: bool,
+        factor: float | None,
         write: bool,
         fork_input: bool,
         fork_output: bool,
     ) -> tuple[Tensor, ...]:
-        if write:
-            run = torch.ops.sparsefx.blocked_norm if torch.compiler.is_compiling() else _norm
-            y, used_mean, used_var, rstd = run(x, residual, weight, bias, mean, var, training, eps, images, relu)
+        options = training, eps, images, relu
+        more: tuple[Tensor, ...] = ()
+        if torch.compiler.is_compiling():
+            y, used_mean, used_var, rstd = torch.ops.sparsefx.blocked_norm(
+                x, residual, weight, bias, mean, var, *options
+            )
         else:
             x = x.contiguous()
-            _, used_mean, used_var, rstd = batch_norm_forward(
-                x, weight, bias, mean, var, training=training, eps=eps, images=images, write=False
-            )
-            y = _alias(x)
+            found = _forward(x, residual, weight, bias, mean, var, *options, factor, write)
+            y, used_mean, used_var, rstd, prologue = found
+            if prologue is not None:
+                y, more = _alias(x), (prologue.scale, prologue.shift)
         # Without a residual backward finds the sign behind the ReLU in x, and y need not be kept.
         kept = y if relu and residual is not None else None
         ctx.save_for_backward(x, kept, weight, bias, used_mean, used_var, rstd)
         ctx.options = training, eps, images, relu, residual is not None
-        ctx.mark_non_differentiable(used_mean, used_var, rstd)
-        ctx.forks = fork_input, fork_output
+        more = used_mean, used_var, rstd, *more
+        ctx.mark_non_differentiable(*more)
+        ctx.forks, ctx.first_fork = (fork_input, fork_output), len(more)
         if not (fork_input or fork_output):
-            return y, used_mean, used_var, rstd
+            return y, *more
         ctx.set_materialize_grads(False)
         forked = [_alias(t) for t, wanted in ((x, fork_input), (y, fork_output)) if wanted]
-        return y, used_mean, used_var, rstd, *forked
+        return y, *more, *forked
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *more: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, y, weight, bias, mean, var, rstd = ctx.saved_tensors
         training, _, images, relu, added = ctx.options
-        skip = more[3] if ctx.forks[0] else None
+        skip = more[ctx.first_fork] if ctx.forks[0] else None
         other = more[-1] if ctx.forks[1] else None
         grad, other = (other, None) if grad is None else (grad, other)
         if grad is None:  # nobody has read the output
-            return skip, *[None] * 12
+            return skip, *[None] * 13
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad = grad if other is None else grad + other
             given = x, y, weight, bias, mean, var
             for_x, *rest = _differentiable(ctx.needs_input_grad, grad, given, ctx.options)
-            return for_x if skip is None or for_x is None else for_x + skip, *rest, *[None] * 9
+            return for_x if skip is None or for_x is None else for_x + skip, *rest, *[None] * 10
         run = torch.ops.sparsefx.blocked_norm_backward if torch.compiler.is_compiling() else _norm_backward
         dx, dweight, dbias, dresidual = run(
             grad, x, y, weight, bias, mean, rstd, training, images, relu, added, other, skip
@@ -180,7 +187,7 @@ class _Norm(torch.autograd.Function):
             dresidual if added else None,
             None if weight is None else dweight,
             None if bias is None else dbias,
-            *[None] * 9,
+            *[None] * 10,
         )
 
 
@@ -200,6 +207,36 @@ def _differentiable(wanted: tuple, grad: Tensor, given: tuple, options: tuple) -
     return for_x, enter(through) if added and wanted[1] else None, for_weight, for_bias
 
 
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    eps: float,
+    images: int,
+    relu: bool,
+    factor: float | None = None,
+    write: bool = True,
+) -> kernel.Normalized:
+    return kernel.batch_norm_forward(
+        x.contiguous(),
+        weight,
+        bias,
+        mean,
+        var,
+        training=training,
+        eps=eps,
+        images=images,
+        residual=None if residual is None else residual.contiguous(),
+        relu=relu,
+        factor=factor,
+        write=write,
+    )
+
+
 def _norm(
     x: Tensor,
     residual: Tensor | None,
@@ -212,18 +249,7 @@ def _norm(
     images: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = batch_norm_forward(
-        x.contiguous(),
-        weight,
-        bias,
-        mean,
-        var,
-        training=training,
-        eps=eps,
-        images=images,
-        residual=None if residual is None else residual.contiguous(),
-        relu=relu,
-    )
+    out = _forward(x, residual, weight, bias, mean, var, training, eps, images, relu)
     assert out.y is not None
     return out.y, out.mean, out.var, out.rstd
 
@@ -243,7 +269,7 @@ def _norm_backward(
     grad2: Tensor | None,
     skip: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = batch_norm_backward(
+    found = kernel.batch_norm_backward(
         grad.contiguous(),
         x.contiguous(),
         y,

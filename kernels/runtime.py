@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from sparsefx.kernels.blocked import CONVERTED_DENSE
+from sparsefx.kernels.cpu.norm import channel_sums
 from sparsefx.kernels.masking import any_nonzero, masked, masked_, masked_product
 from sparsefx.kernels.norm import prepared
 from sparsefx.kernels.reference import DENSE
-from sparsefx.kernels.spec import ConvSpec, Prologue, bias_grad
+from sparsefx.kernels.spec import ConvSpec, Prologue, channels
 
 
 class Backend(Protocol):
@@ -169,7 +170,7 @@ class Runtime:
         Args:
             dense: Run masked dense, whatever `choose` says.
         """
-        for_bias = bias_grad(grad, spec, centred) if wanted[2] else None
+        for_bias = _bias_grad(grad, spec, centred) if wanted[2] else None
         masked_dense = dense_for(spec)
         if torch.is_grad_enabled():  # for a double backward: differentiable, and masked when it reaches the weight
             x = x if prologue is None else prepared(x, prologue, _images(spec))
@@ -255,3 +256,22 @@ class Runtime:
         total, self._total = self._total, None
         if total is not None:
             self.collected = total if self.collected is None else self.collected.add_(total)
+
+
+def _bias_grad(grad: Tensor, spec: ConvSpec | None, centred: bool = False) -> Tensor:
+    """Sum `grad`, `[N, O, *space]` for a convolution or `[..., O]` for a linear layer, to `[O]`.
+
+    Args:
+        centred: The sums of a convolution's are known to be zero.
+    """
+    if spec is not None and centred:
+        return grad.new_zeros(channels(grad, spec))
+    if spec is None:
+        return grad.sum(0) if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1]).sum(0)
+    if spec.images and grad.dim() == 4:
+        return grad.flatten(1).sum(1)
+    if spec.images and torch.is_grad_enabled():
+        return grad.flatten(2).sum(2).sum(0)
+    if spec.images:
+        return channel_sums(grad.contiguous(), spec.images).to(grad.dtype)
+    return grad.sum([d for d in range(grad.dim()) if d != 1])

@@ -60,20 +60,3 @@ def channels(x: Tensor, spec: ConvSpec) -> int:
 def is_channels_last(x: Tensor) -> bool:
     """Whether `x` is stored `[N, H, W, C]` and not also `[N, C, H, W]`."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def bias_grad(grad: Tensor, spec: ConvSpec | None, centred: bool = False) -> Tensor:
-    """Sum `grad`, `[N, O, *space]` for a convolution or `[..., O]` for a linear layer, to `[O]`.
-
-    Args:
-        centred: The sums of a convolution's are known to be zero.
-    """
-    if spec is not None and centred:
-        return grad.new_zeros(channels(grad, spec))
-    if spec is None:
-        return grad.sum(0) if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1]).sum(0)
-    if spec.images and grad.dim() == 4:
-        return grad.flatten(1).sum(1)
-    if spec.images:  # contiguous runs, which torch sums several times faster than all dimensions at once
-        return grad.flatten(2).sum(2).sum(0)
-    return grad.sum([d for d in range(grad.dim()) if d != 1])

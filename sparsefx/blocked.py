@@ -78,9 +78,14 @@ def batch_norm(
         out = out if residual is None else out.add_(residual)
         out = torch.relu_(out) if relu else out
         return _fork(out, x, forks)
-    factor, forked = _factor(layer), _forked(forks)
-    found = norm.batch_norm(x, residual, *_of(layer), **_options(layer), images=images, relu=relu, forks=forked)
-    _track(layer, found, factor, images * x.shape[2] * x.shape[3])
+    forked = _forked(forks)
+    if torch.compiler.is_compiling():
+        found = norm.batch_norm(x, residual, *_of(layer), **_options(layer), images=images, relu=relu)
+        _track(layer, found, images * x.shape[2] * x.shape[3])
+    else:
+        found = norm.batch_norm(
+            x, residual, *_of(layer), **_options(layer), images=images, relu=relu, factor=_factor(layer), forks=forked
+        )
     if any(forked):
         return found.y, *found.forks
     return _fork(found.y, x, forks)
@@ -96,11 +101,10 @@ def prepare(
     if x.dim() == 4 or torch.compiler.is_compiling():
         out = Prepared(batch_norm(layer, x, images, relu=relu), None, images)
         return _fork(out, x, forks)
-    factor, forked = _factor(layer), _forked(forks)
+    forked = _forked(forks)
     found, prologue = norm.batch_norm_unwritten(
-        x, *_of(layer), **_options(layer), images=images, relu=relu, forks=forked
+        x, *_of(layer), **_options(layer), images=images, relu=relu, factor=_factor(layer), forks=forked
     )
-    _track(layer, found, factor, images * x.shape[2] * x.shape[3])
     out = Prepared(found.y, prologue, images)
     if not any(forked):
         return _fork(out, x, forks)
@@ -128,19 +132,25 @@ def _options(layer: nn.BatchNorm2d) -> dict[str, Any]:
     return {"training": layer.training or layer.running_mean is None or layer.running_var is None, "eps": layer.eps}
 
 
-def _factor(layer: nn.BatchNorm2d) -> float:
-    """Share of this batch in the running statistics; counts the batch."""
+def tracks(layer: nn.BatchNorm2d) -> bool:
+    """Whether a pass moves the layer's running statistics."""
+    known = layer.running_mean is not None and layer.running_var is not None
+    return layer.training and layer.track_running_stats and known
+
+
+def _factor(layer: nn.BatchNorm2d) -> float | None:
+    """Share of this batch in the running statistics, None if these stay as they are; counts the batch."""
     if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
         if layer.momentum is None:
-            return 1.0 / float(layer.num_batches_tracked)
-    return 0.0 if layer.momentum is None else layer.momentum
+            return 1.0 / float(layer.num_batches_tracked) if tracks(layer) else None
+    return (0.0 if layer.momentum is None else layer.momentum) if tracks(layer) else None
 
 
-def _track(layer: nn.BatchNorm2d, found: norm.Normalized, factor: float, count: int) -> None:
-    """Move the running statistics towards those of a batch of `count` values a channel."""
-    running_mean, running_var = layer.running_mean, layer.running_var
-    if layer.training and layer.track_running_stats and running_mean is not None and running_var is not None:
+def _track(layer: nn.BatchNorm2d, found: norm.Normalized, count: int) -> None:
+    """Move the running statistics towards those of a batch of `count` values a channel, in a compiled graph."""
+    factor, running_mean, running_var = _factor(layer), layer.running_mean, layer.running_var
+    if factor is not None and running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(found.mean, factor)
             running_var.lerp_(found.var * (count / (count - 1)), factor)

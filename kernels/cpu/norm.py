@@ -10,23 +10,34 @@ from sparsefx.kernels.spec import Prologue
 from .abi import BLOCK, DTYPES, empty, load, pointer, require
 
 
-class _Arguments(ctypes.Structure):
+class NormArguments(ctypes.Structure):
+    """`SfxNorm` of the library."""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "residual", "grad", "grad2", "skip", "y", "dx", "dresidual")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "mean", "var", "rstd", "dweight", "dbias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "mean", "var", "rstd", "running_mean", "running_var")),
+        *((name, ctypes.c_void_p) for name in ("scale", "shift", "dweight", "dbias")),
         ("eps", ctypes.c_double),
+        ("factor", ctypes.c_double),
         ("training", ctypes.c_int32),
         ("relu", ctypes.c_int32),
     )
 
 
 class Normalized(NamedTuple):
-    """Result of the forward pass: `y` blocked; `mean`, biased `var` and `rstd` that it used, `[C]` fp32."""
+    """Result of the forward pass.
+
+    Attributes:
+        y: Blocked; None where it was not to be written.
+        mean, var, rstd: That it used, `[C]` fp32; `var` is biased.
+        prologue: What makes `y` of `x`; None where `y` is written.
+    """
 
     y: torch.Tensor | None
     mean: torch.Tensor
     var: torch.Tensor
     rstd: torch.Tensor
+    prologue: Prologue | None
 
 
 class NormGrads(NamedTuple):
@@ -51,16 +62,18 @@ def batch_norm_forward(
     residual: torch.Tensor | None = None,
     relu: bool = False,
     write: bool = True,
+    factor: float | None = None,
 ) -> Normalized:
     """Normalize, add `residual`, clamp at zero.
 
     Args:
         x, residual: `[B, C, H, W, 16]` fp32 or bf16.
         weight, bias: `[C]` fp32 or None.
-        mean, var: The statistics to use outside of training, `[C]` fp32.
+        mean, var: Running statistics, `[C]` fp32, to use outside of training.
         training: Use the statistics of the batch.
         images: How many images `x` holds; all of its lanes if None.
         write: Whether to compute `y`, not the statistics alone.
+        factor: Share of this batch in `mean` and `var`, which training moves; None leaves them.
     Raises:
         ValueError: in training with a single value per channel, in eval without statistics.
     """
@@ -73,20 +86,34 @@ def batch_norm_forward(
         raise ValueError("batch norm: expected more than 1 value per channel in training, got 1; use eval mode")
     lib = load()
     y = empty(lib, x.shape, x.dtype) if write else None
-    if training:
-        mean, var, rstd = (torch.empty(c) for _ in range(3))
-    elif mean is None or var is None:
+    if not training and (mean is None or var is None):
         raise ValueError("batch norm: expected running statistics in eval mode, got None; use training mode")
-    else:
-        mean, var, rstd = mean.clone(), var.clone(), (var.double() + eps).rsqrt().float()
-    arguments = _Arguments(
+    used_mean, used_var, rstd = (torch.empty(c) for _ in range(3))
+    scale, shift = (None, None) if write else (torch.empty(c), torch.empty(c))
+    reads = not training or factor is not None
+    arguments = NormArguments(
         x=pointer(x), residual=_channels_or_blocked(residual), y=pointer(y), weight=_channels_or_blocked(weight),
-        bias=_channels_or_blocked(bias), mean=pointer(mean), var=pointer(var), rstd=pointer(rstd), eps=eps,
-        training=training, relu=relu,
+        bias=_channels_or_blocked(bias), mean=pointer(used_mean), var=pointer(used_var), rstd=pointer(rstd),
+        running_mean=_channels_or_blocked(mean) if reads else None,
+        running_var=_channels_or_blocked(var) if reads else None,
+        scale=pointer(scale), shift=pointer(shift), eps=eps, factor=factor or 0.0, training=training, relu=relu,
     )  # fmt: skip
-    if training or write:
-        lib.sfx_norm(0, DTYPES[x.dtype], ctypes.byref(arguments), n, c, h * w, torch.get_num_threads())
-    return Normalized(y, mean, var, rstd)
+    lib.sfx_norm(0, DTYPES[x.dtype], ctypes.byref(arguments), n, c, h * w, torch.get_num_threads())
+    if training and factor is not None and mean is not None and var is not None and not mean.is_inference():
+        torch.autograd.graph.increment_version((mean, var))
+    prologue = None if scale is None or shift is None else Prologue(used_mean, scale, shift, relu)
+    return Normalized(y, used_mean, used_var, rstd, prologue)
+
+
+def channel_sums(x: torch.Tensor, images: int) -> torch.Tensor:
+    """Sums over all but the channels of `x` `[B, C, H, W, 16]` fp32 or bf16, of `images` images; `[C]` fp32."""
+    require("x", x, dims=5)
+    _, c, h, w, _ = x.shape
+    sums = torch.empty(c)
+    load().sfx_channel_sums(
+        DTYPES[x.dtype], pointer(x), images, c, h * w, pointer(sums), torch.get_num_threads()
+    )  # fmt: skip
+    return sums
 
 
 def apply_prologue(x: torch.Tensor, prologue: Prologue, images: int) -> torch.Tensor:
@@ -95,7 +122,7 @@ def apply_prologue(x: torch.Tensor, prologue: Prologue, images: int) -> torch.Te
     _, c, h, w, _ = x.shape
     lib = load()
     y = empty(lib, x.shape, x.dtype)
-    arguments = _Arguments(
+    arguments = NormArguments(
         x=pointer(x), y=pointer(y), mean=pointer(prologue.mean), rstd=pointer(prologue.scale),
         bias=pointer(prologue.shift), training=False, relu=prologue.relu,
     )  # fmt: skip
@@ -146,7 +173,7 @@ def batch_norm_backward(
     dx = empty(lib, x.shape, x.dtype)
     dresidual = empty(lib, x.shape, x.dtype) if residual else None
     dweight, dbias = torch.empty(c), torch.empty(c)
-    arguments = _Arguments(
+    arguments = NormArguments(
         x=pointer(x), grad=pointer(grad), grad2=pointer(grad2), skip=pointer(skip), y=_channels_or_blocked(y),
         dx=pointer(dx), dresidual=pointer(dresidual), weight=_channels_or_blocked(weight),
         bias=_channels_or_blocked(bias), mean=pointer(mean), rstd=pointer(rstd), dweight=pointer(dweight),

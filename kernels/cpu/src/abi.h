@@ -70,13 +70,19 @@ struct SfxNorm {
   const void *grad2, *skip;                 // added to the output's gradient and to the input's, may be null
   void *y, *dx, *dresidual;                 // y may be null: forward then writes statistics alone, backward has no residual
   const float *weight, *bias;               // null: 1 and 0
-  float *mean, *var, *rstd;                 // written when training in forward, else read (var unused)
+  float *mean, *var, *rstd;                 // written by forward in training, and of the running statistics where these
+                                            // are given; else read (var unused)
+  float *running_mean, *running_var;        // may be null; training moves them by `factor` towards the batch's
+  float *scale, *shift;                     // a prologue's, written by forward unless null
   float *dweight, *dbias;
-  double eps;
+  double eps, factor;
   int32_t training, relu;
 };
 void sfx_norm(int backward, int dtype, const SfxNorm* arguments, int64_t images, int64_t channels, int64_t pixels,
               int threads);
+// sums[c]: of channel c of blocked activations, whose lanes beyond `images` are not read.
+void sfx_channel_sums(int dtype, const void* x, int64_t images, int64_t channels, int64_t pixels, float* sums,
+                      int threads);
 
 // out = x where mask, zero elsewhere; `out` may be `x`.
 void sfx_masked_copy(const float* x, const uint8_t* mask, float* out, int64_t n, int threads);
@@ -86,6 +92,8 @@ void sfx_masked_fold(float* moment, const float* collected, float* weight, const
 // bits: one for each of the mask's n bytes, in words of 64, set where the byte is not zero.
 void sfx_mask_pack(const uint8_t* mask, uint64_t* bits, int64_t n, int threads);
 int sfx_mask_same(const uint8_t* mask, const uint64_t* bits, int64_t n, int threads);
+// out = a + b.
+void sfx_add(const float* a, const float* b, float* out, int64_t n, int threads);
 // sums: <a, b> and <b, b>.
 void sfx_products(const float* a, const float* b, int64_t n, double* sums, int threads);
 

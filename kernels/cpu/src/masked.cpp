@@ -1,4 +1,4 @@
-// One pass over memory for what sparse training does to dense weights, gradients and moments.
+// One pass over memory for what sparse training does to dense weights, gradients and moments, and for sums of gradients.
 #include <atomic>
 #include <cstring>
 #include <vector>
@@ -89,6 +89,13 @@ void sfx_masked_fold(float* moment, const float* collected, float* weight, const
       m[i] = exists[i] ? m[i] : folded;
       w[i] = exists[i] ? kept : 0.0f;
     }
+  });
+}
+
+void sfx_add(const float* a, const float* b, float* out, int64_t n, int threads) {
+  in_chunks(n, sfx::team(threads), [&](int64_t, int64_t start, int64_t count) {
+#pragma omp simd
+    for (int64_t i = start; i < start + count; ++i) out[i] = a[i] + b[i];
   });
 }
 

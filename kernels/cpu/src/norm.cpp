@@ -104,6 +104,11 @@ Writer<T> writer(const Channel& c) {
   return write;
 }
 
+// Moves a running statistic towards a batch's.
+void track(float* running, float batch, double factor) {
+  *running = float(*running + factor * (double(batch) - *running));
+}
+
 template <class T>
 void forward(const SfxNorm& a, Channel c) {
   const T* x = static_cast<const T*>(a.x);
@@ -116,6 +121,18 @@ void forward(const SfxNorm& a, Channel c) {
     a.mean[c.index] = float(mean);
     a.var[c.index] = float(var);
     a.rstd[c.index] = float(1.0 / std::sqrt(var + a.eps));
+    if (a.running_mean) {
+      track(a.running_mean + c.index, a.mean[c.index], a.factor);
+      track(a.running_var + c.index, a.var[c.index] * float(c.count() / (c.count() - 1)), a.factor);
+    }
+  } else if (a.running_mean) {
+    a.mean[c.index] = a.running_mean[c.index];
+    a.var[c.index] = a.running_var[c.index];
+    a.rstd[c.index] = float(1.0 / std::sqrt(double(a.var[c.index]) + a.eps));
+  }
+  if (a.scale) {
+    a.scale[c.index] = a.weight ? a.rstd[c.index] * a.weight[c.index] : a.rstd[c.index];
+    a.shift[c.index] = a.bias ? a.bias[c.index] : 0.0f;
   }
   if (!y) return;
   const Affine affine(a.mean[c.index], a.rstd[c.index], a.weight ? a.weight[c.index] : 1.0f,
@@ -171,8 +188,28 @@ void backward(const SfxNorm& a, Channel c) {
   if (write.past_caches) fence();
 }
 
+template <class T>
+float sum(const T* x, Channel c) {
+  double total[1] = {0};
+  each_run(c, [&](int64_t first, int64_t lines, const LaneMask& mask, int64_t) {
+    sum_run(first, lines, mask, total, [&](int64_t k, vf* t) { t[0] = load_as_float(x + k); });
+  });
+  return float(total[0]);
+}
+
 }  // namespace
 }  // namespace sfx
+
+extern "C" void sfx_channel_sums(int dtype, const void* x, int64_t images, int64_t channels, int64_t pixels,
+                                 float* sums, int threads) {
+  using namespace sfx;
+  const int n = team(threads);
+#pragma omp parallel for num_threads(n) if (n > 1) schedule(static)
+  for (int64_t k = 0; k < channels; ++k) {
+    const Channel c{images, channels, pixels, k};
+    sums[k] = dtype ? sum(static_cast<const bf16*>(x), c) : sum(static_cast<const float*>(x), c);
+  }
+}
 
 extern "C" void sfx_norm(int direction, int dtype, const SfxNorm* a, int64_t images, int64_t channels, int64_t pixels,
                          int threads) {
