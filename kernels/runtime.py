@@ -198,15 +198,19 @@ class Runtime:
             else:
                 for_weight = masked(whole, mask) if self.collecting else masked_(whole, mask)
             if self.collecting and whole is not None:
-                self._stage(whole)
+                self.stage(whole)
         else:
             for_input = dgrad.dgrad(spec, grad, x, reached) if dgrad else None
             for_weight = wgrad.wgrad(spec, grad, x, weight, mask, *arguments) if wgrad else None
         if for_weight is not None:
-            self.masked = for_weight.data_ptr(), for_weight._version
+            self.returns(for_weight)
         return for_input, for_weight, for_bias
 
-    def _stage(self, dense: Tensor) -> None:
+    def returns(self, for_weight: Tensor) -> None:
+        """Note the masked weight gradient that a backward pass returns."""
+        self.masked = for_weight.data_ptr(), for_weight._version
+
+    def stage(self, dense: Tensor) -> None:
         """Keep the dense gradient until it is known whether this backward pass reaches `.grad`."""
         wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
         backward_pass = torch._C._current_graph_task_id()

@@ -4,7 +4,7 @@ On the CPU they are `[ceil(N / 16), C, H, W, 16]`, on CUDA `[C, H, W, N]`. Each 
 where it needs it; lanes beyond them are zero and stay so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -166,19 +166,35 @@ def max_pool2d(
 ) -> Tensor:
     """`torch.nn.functional.max_pool2d`."""
     given = x if isinstance(x, Prepared) else Prepared(x, None, 0)
-    x, kernel, padded = given.x, _pair(kernel_size), _pair(padding)
-    if x.dim() == 4:
-        return pool(F.max_pool2d, x, kernel_size, stride, padding, dilation, ceil_mode)
-    geometry = kernels.Pool((x.shape[2], x.shape[3]), kernel, _pair(stride) if stride else kernel, padded)
-    fits = all(0 <= 2 * p <= k for k, p in zip(kernel, padded, strict=True)) and kernel[0] * kernel[1] <= 256
-    if ceil_mode or _pair(dilation) != (1, 1) or not fits or min(geometry.out) < 1:
+    geometry = _geometry(given.x.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    if geometry is None:
         return pool(F.max_pool2d, given.written(), kernel_size, stride, padding, dilation, ceil_mode)
-    return kernels.max_pool(x, geometry, given.images or None, given.prologue)
+    return kernels.max_pool(given.x, geometry, given.images or None, given.prologue)
 
 
 def max_pool(layer: nn.MaxPool2d, x: Tensor | Prepared) -> Tensor:
     """The layer on blocked activations."""
-    return max_pool2d(x, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
+    return max_pool2d(x, *_window(layer))
+
+
+def pooling(layer: nn.MaxPool2d, shape: Sequence[int]) -> kernels.Pool | None:
+    """The layer's geometry on activations of a shape, where the kernels have one."""
+    return _geometry(shape, *_window(layer))
+
+
+def _window(layer: nn.MaxPool2d) -> tuple[Any, ...]:
+    return layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode
+
+
+def _geometry(
+    shape: Sequence[int], kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> kernels.Pool | None:
+    if len(shape) == 4:
+        return None
+    kernel, padded = _pair(kernel_size), _pair(padding)
+    geometry = kernels.Pool((shape[2], shape[3]), kernel, _pair(stride) if stride else kernel, padded)
+    fits = all(0 <= 2 * p <= k for k, p in zip(kernel, padded, strict=True)) and kernel[0] * kernel[1] <= 256
+    return None if ceil_mode or _pair(dilation) != (1, 1) or not fits or min(geometry.out) < 1 else geometry
 
 
 def _pair(value: Any) -> tuple[int, int]:

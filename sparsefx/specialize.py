@@ -355,6 +355,16 @@ class _Chooser:
     ) -> Backend:
         return self.specializer.backend(self.runtime, kind, spec, x, grad, weight, mask)
 
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that the latest call ran, whether or not the mask has changed since."""
+        return self.specializer._plans.get(self.runtime.handle)
+
+    def settled(self, kind: str, spec: ConvSpec, shape: torch.Size, dtype: torch.dtype) -> Backend | None:
+        """The backend of one pass on batch-innermost activations, if it has been chosen."""
+        name = None if self.plan is None else self.plan.choices.get((kind, shape, dtype, "innermost"))
+        return None if name is None or self.plan is None else self.specializer._backend(self.plan, name, spec)
+
     def misses_none(self, mask: Tensor) -> bool:
         """Whether no weight is missing."""
         return self.specializer._plan(self.runtime, mask, None, look=mask.is_cpu).full

@@ -93,7 +93,15 @@ def empty(lib: ctypes.CDLL, shape: Sequence[int], dtype: torch.dtype) -> torch.T
     return buffers.take(shape, dtype, lib.sfx_advise)
 
 
-class _Prologue(ctypes.Structure):
+def empty_weight(lib: ctypes.CDLL, shape: Sequence[int], dtype: torch.dtype, *, channels_last: bool) -> torch.Tensor:
+    """`empty` of a weight's shape `[O, I, *taps]`, contiguous or in channels_last."""
+    dense = empty(lib, shape, dtype)
+    return dense.view(*(shape[k] for k in (0, 2, 3, 1))).permute(0, 3, 1, 2) if channels_last else dense
+
+
+class SfxPrologue(ctypes.Structure):
+    """`SfxPrologue` of the library."""
+
     _fields_ = (*((name, ctypes.c_void_p) for name in ("mean", "scale", "shift")), ("relu", ctypes.c_int32))
 
 
@@ -105,7 +113,7 @@ def prologue_argument(prologue: Prologue | None, channels: int) -> object:
         require(name, tensor, dtype=torch.float32, dims=1)
         if tensor.numel() != channels:
             raise ValueError(f"{name}: expected {channels} values, got {tensor.numel()}; pass one a channel of x")
-    return ctypes.byref(_Prologue(*(pointer(tensor) for tensor in prologue[:3]), prologue.relu))
+    return ctypes.byref(SfxPrologue(*(pointer(tensor) for tensor in prologue[:3]), prologue.relu))
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

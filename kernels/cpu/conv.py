@@ -101,7 +101,7 @@ class ConvPlan(LayerPlan):
         values, bias = self.collect(weight), self._bias(bias)
         out = empty(self._lib, (n, self.mask_shape[0], *self.out_hw(h, w)), x.dtype)
         status = self._lib.sfx_conv_pixels(
-            self._handle, DTYPES[x.dtype], pointer(x), n, h, w, pointer(values), pointer(bias), relu, pointer(out),
+            self.handle, DTYPES[x.dtype], pointer(x), n, h, w, pointer(values), pointer(bias), relu, pointer(out),
             torch.get_num_threads(),
         )  # fmt: skip
         check(self._lib, status)
@@ -127,7 +127,7 @@ class ConvPlan(LayerPlan):
             raise ValueError(f"g: expected {self.out_hw(h, w)} positions of {x.dtype}, got {tuple(g.shape)} {g.dtype}")
         values = torch.empty(self.nnz, dtype=torch.float32)
         status = self._lib.sfx_conv_wgrad(
-            self._handle, DTYPES[x.dtype], pointer(g), pointer(x), images or x.shape[0] * BLOCK, h, w,
+            self.handle, DTYPES[x.dtype], pointer(g), pointer(x), images or x.shape[0] * BLOCK, h, w,
             self._prologue(prologue), pointer(values), torch.get_num_threads(),
         )  # fmt: skip
         check(self._lib, status)
@@ -165,7 +165,7 @@ class ConvPlan(LayerPlan):
     ) -> None:
         values, bias = self.collect(weight), self._bias(bias)
         status = self._lib.sfx_conv_gather(
-            self._handle, PASSES[kind], DTYPES[x.dtype], pointer(x), images or x.shape[0] * BLOCK, h, w,
+            self.handle, PASSES[kind], DTYPES[x.dtype], pointer(x), images or x.shape[0] * BLOCK, h, w,
             self._prologue(prologue), pointer(values), pointer(bias), pointer(residual), relu, pointer(out),
             torch.get_num_threads(),
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """Dense weight gradients: of a convolution on blocked activations, of a linear layer with its mask."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
@@ -54,14 +55,13 @@ def dense_wgrad(
     memory_format = torch.channels_last if last else torch.contiguous_format
     out = torch.empty(weight.shape, dtype=torch.float32, memory_format=memory_format)
     lib = load(isa)
-    has_amx = bool(lib.sfx_amx())
-    if amx and not has_amx:
+    if amx and not lib.sfx_amx():
         raise ValueError("amx: expected a processor with AMX and a library for it, got one without; leave it at None")
-    if amx is None:
-        amx = has_amx and _amx_pays(outs // spec.groups, ins, kernel[0] * kernel[1], x.shape[0])
     shape = (ctypes.c_int64 * 11)(
         outs, ins * spec.groups, *kernel, *spec.stride, *spec.padding, *spec.dilation, spec.groups
     )
+    if amx is None:
+        amx = uses_amx(lib, shape, x.shape[0])
     status = lib.sfx_conv_dense_wgrad(
         shape, pointer(grad), pointer(x), x.shape[0] * BLOCK, *x.shape[2:4], last, amx, pointer(out),
         torch.get_num_threads(),
@@ -70,9 +70,15 @@ def dense_wgrad(
     return out
 
 
-def _amx_pays(outs: int, ins: int, taps: int, blocks: int) -> bool:
-    """Whether matrix units, whose tiles take 16 channels and two blocks of images, make up for packing into them."""
-    return min(outs, ins) >= 16 and blocks > 1 and (taps > 4 or ins >= 256)
+def uses_amx(library: ctypes.CDLL, shape: Sequence[int], blocks: int) -> bool:
+    """Whether there are matrix units, whose tiles take 16 channels and two blocks of images, and packing into them pays.
+
+    Args:
+        shape: Out, in, R, S, ..., groups, of the layer.
+        blocks: Of images.
+    """
+    outs, ins, taps = shape[0] // shape[-1], shape[1] // shape[-1], shape[2] * shape[3]
+    return bool(library.sfx_amx()) and min(outs, ins) >= 16 and blocks > 1 and (taps > 4 or ins >= 256)
 
 
 def linear_dense_wgrad(

@@ -55,9 +55,9 @@ class LinearPlan(LayerPlan):
             torch.get_num_threads(),
         )  # fmt: skip
         if kind == "fprop" and x.shape[0] <= FEW_ROWS:
-            status = self._lib.sfx_linear_rows(self._handle, *arguments)
+            status = self._lib.sfx_linear_rows(self.handle, *arguments)
         else:
-            status = self._lib.sfx_linear_gather(self._handle, PASSES[kind], *arguments)
+            status = self._lib.sfx_linear_gather(self.handle, PASSES[kind], *arguments)
         check(self._lib, status)
         return out, values
 
@@ -69,7 +69,7 @@ class LinearPlan(LayerPlan):
             raise ValueError(f"g: expected {x.shape[0]} rows of {x.dtype}, got {tuple(g.shape)} {g.dtype}")
         dense = empty(self._lib, self.mask_shape, dtype)
         status = self._lib.sfx_linear_wgrad(
-            self._handle, DTYPES[x.dtype], pointer(g), pointer(x), x.shape[0], DTYPES[dtype], pointer(dense),
+            self.handle, DTYPES[x.dtype], pointer(g), pointer(x), x.shape[0], DTYPES[dtype], pointer(dense),
             torch.get_num_threads(),
         )  # fmt: skip
         check(self._lib, status)

@@ -10,7 +10,7 @@ from sparsefx.kernels.spec import Prologue
 from .abi import BLOCK, DTYPES, empty, load, pointer, require
 
 
-class NormArguments(ctypes.Structure):
+class SfxNorm(ctypes.Structure):
     """`SfxNorm` of the library."""
 
     _fields_ = (
@@ -91,7 +91,7 @@ def batch_norm_forward(
     used_mean, used_var, rstd = (torch.empty(c) for _ in range(3))
     scale, shift = (None, None) if write else (torch.empty(c), torch.empty(c))
     reads = not training or factor is not None
-    arguments = NormArguments(
+    arguments = SfxNorm(
         x=pointer(x), residual=_channels_or_blocked(residual), y=pointer(y), weight=_channels_or_blocked(weight),
         bias=_channels_or_blocked(bias), mean=pointer(used_mean), var=pointer(used_var), rstd=pointer(rstd),
         running_mean=_channels_or_blocked(mean) if reads else None,
@@ -122,7 +122,7 @@ def apply_prologue(x: torch.Tensor, prologue: Prologue, images: int) -> torch.Te
     _, c, h, w, _ = x.shape
     lib = load()
     y = empty(lib, x.shape, x.dtype)
-    arguments = NormArguments(
+    arguments = SfxNorm(
         x=pointer(x), y=pointer(y), mean=pointer(prologue.mean), rstd=pointer(prologue.scale),
         bias=pointer(prologue.shift), training=False, relu=prologue.relu,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def batch_norm_backward(
     dx = empty(lib, x.shape, x.dtype)
     dresidual = empty(lib, x.shape, x.dtype) if residual else None
     dweight, dbias = torch.empty(c), torch.empty(c)
-    arguments = NormArguments(
+    arguments = SfxNorm(
         x=pointer(x), grad=pointer(grad), grad2=pointer(grad2), skip=pointer(skip), y=_channels_or_blocked(y),
         dx=pointer(dx), dresidual=pointer(dresidual), weight=_channels_or_blocked(weight),
         bias=_channels_or_blocked(bias), mean=pointer(mean), rstd=pointer(rstd), dweight=pointer(dweight),

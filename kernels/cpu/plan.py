@@ -9,7 +9,7 @@ import torch
 
 from sparsefx.kernels.spec import is_channels_last
 
-from .abi import DTYPES, check, empty, load, pointer, require
+from .abi import DTYPES, check, empty_weight, load, pointer, require
 
 PASSES = {"fprop": 0, "dgrad": 1, "wgrad": 2, "infer": 3}
 
@@ -36,16 +36,19 @@ class LayerPlan:
         isa: "avx512", "avx2" or "portable"; the best of this processor if None.
     Raises:
         CompilerUnavailable: if the kernels cannot be built.
+    Attributes:
+        handle: The layer in the library; freed with the plan.
     """
 
     def __init__(self, mask: torch.Tensor, shape: Sequence[int], isa: str | None = None) -> None:
         self._lib = load(isa)
         self.mask_shape = tuple(mask.shape)
         mask = mask.detach().contiguous()
-        handle = self._lib.sfx_layer_new((ctypes.c_int64 * 11)(*shape), pointer(mask))
+        self.shape = (ctypes.c_int64 * 11)(*shape)
+        handle = self._lib.sfx_layer_new(self.shape, pointer(mask))
         if not handle:
             raise RuntimeError(f"CPU kernel: {self._lib.sfx_error().decode()}")
-        self._handle = handle
+        self.handle = handle
         weakref.finalize(self, self._lib.sfx_layer_free, handle)
         self.nnz: int = self._lib.sfx_layer_nnz(handle)
 
@@ -70,7 +73,7 @@ class LayerPlan:
             )
         values = torch.empty(self.nnz, dtype=torch.float32)
         status = self._lib.sfx_layer_collect(
-            self._handle, DTYPES[weight.dtype], last, pointer(weight), pointer(values), torch.get_num_threads()
+            self.handle, DTYPES[weight.dtype], last, pointer(weight), pointer(values), torch.get_num_threads()
         )
         check(self._lib, status)
         return values
@@ -80,11 +83,9 @@ class LayerPlan:
     ) -> torch.Tensor:
         """A dense tensor of the mask's shape holding `values` `[nnz]` where weights exist and zero elsewhere."""
         require("values", values, dtype=torch.float32, dims=1)
-        dense = empty(self._lib, self.mask_shape, dtype)
-        if channels_last:
-            dense = dense.view(*(self.mask_shape[k] for k in (0, 2, 3, 1))).permute(0, 3, 1, 2)
+        dense = empty_weight(self._lib, self.mask_shape, dtype, channels_last=channels_last)
         status = self._lib.sfx_layer_scatter(
-            self._handle, DTYPES[dtype], channels_last, pointer(values), pointer(dense), torch.get_num_threads()
+            self.handle, DTYPES[dtype], channels_last, pointer(values), pointer(dense), torch.get_num_threads()
         )
         check(self._lib, status)
         return dense
@@ -103,13 +104,13 @@ class LayerPlan:
         values = tiling and (ctypes.c_int64 * 7)(
             tiling.rows, tiling.cols, tiling.batch, tiling.strip_rows, tiling.strip_cols, tiling.chunk, tiling.block
         )
-        check(self._lib, self._lib.sfx_layer_tune(self._handle, PASSES[kind], values))
+        check(self._lib, self._lib.sfx_layer_tune(self.handle, PASSES[kind], values))
 
     def tiling(self, kind: str, h: int, w: int, images: int) -> tuple[Tiling, float]:
         """The tiling of a pass at `images` inputs of `h` x `w`, and the milliseconds that its lists took to build."""
         values, build_ms = (ctypes.c_int64 * 7)(), ctypes.c_double()
         status = self._lib.sfx_layer_tiling(
-            self._handle, PASSES[kind], h, w, images, torch.get_num_threads(), values, ctypes.byref(build_ms)
+            self.handle, PASSES[kind], h, w, images, torch.get_num_threads(), values, ctypes.byref(build_ms)
         )
         check(self._lib, status)
         return Tiling(*values), build_ms.value

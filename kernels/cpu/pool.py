@@ -24,7 +24,8 @@ class Pool(NamedTuple):
         sizes = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(*self, strict=True)]
         return sizes[0], sizes[1]
 
-    def _argument(self) -> ctypes.Array:
+    def argument(self) -> ctypes.Array:
+        """`SfxPool` of the library."""
         sizes = (*self.size, *self.out, *self.kernel, *self.stride, *self.padding)
         return (ctypes.c_int64 * 10)(*sizes)
 
@@ -44,7 +45,7 @@ def max_pool_forward(
     lib, shape = load(), (*x.shape[:2], *pool.out, x.shape[4])
     y, taps = empty(lib, shape, x.dtype), torch.empty(shape, dtype=torch.uint8)
     lib.sfx_max_pool(
-        0, DTYPES[x.dtype], pool._argument(), prologue_argument(prologue, x.shape[1]), images or x.shape[0] * BLOCK,
+        0, DTYPES[x.dtype], pool.argument(), prologue_argument(prologue, x.shape[1]), images or x.shape[0] * BLOCK,
         x.shape[1], pointer(x), pointer(y), pointer(taps), torch.get_num_threads(),
     )  # fmt: skip
     return y, taps
@@ -56,7 +57,7 @@ def max_pool_backward(grad: torch.Tensor, taps: torch.Tensor, pool: Pool) -> tor
     lib = load()
     dx = empty(lib, (*grad.shape[:2], *pool.size, grad.shape[4]), grad.dtype)
     lib.sfx_max_pool(
-        1, DTYPES[grad.dtype], pool._argument(), None, grad.shape[0] * BLOCK, grad.shape[1], pointer(grad), pointer(dx),
+        1, DTYPES[grad.dtype], pool.argument(), None, grad.shape[0] * BLOCK, grad.shape[1], pointer(grad), pointer(dx),
         pointer(taps), torch.get_num_threads(),
     )  # fmt: skip
     return dx

@@ -16,8 +16,9 @@ from sparsefx.errors import TraceWarning
 from sparsefx.graph.dense import dense
 from sparsefx.graph.fuse import fuse
 from sparsefx.graph.layout import DTYPES, assign, record
+from sparsefx.graph.segments import segmented
 from sparsefx.graph.snapshot import RandomState, State
-from sparsefx.graph.trace import Container, Interpreter
+from sparsefx.graph.trace import Container, Interpreter, function
 from sparsefx.kernels.spec import is_channels_last
 from sparsefx.layers import SparseLayer
 
@@ -42,15 +43,23 @@ class Variant:
 
     Args:
         graph: The new graph.
+        model: Whose layers are joined to segments, where the graph has regions.
         absorbed: What each of these modules must stay like.
         unmasked: Sparse layers whose weight gradient only the weight's hook masks.
     """
 
     def __init__(
-        self, name: str, graph: fx.Graph, absorbed: tuple[Container, ...], unmasked: tuple[SparseLayer, ...] = ()
+        self,
+        name: str,
+        graph: fx.Graph,
+        absorbed: tuple[Container, ...],
+        unmasked: tuple[SparseLayer, ...] = (),
+        model: nn.Module | None = None,
     ) -> None:
         self.name, self.graph, self.absorbed, self.unmasked = name, graph, absorbed, unmasked
         self.function = function(graph)
+        joined = None if model is None else segmented(model, graph)
+        self.eager = self.function if joined is None else function(joined)
 
     def holds(self) -> bool:
         """Whether every absorbed module is as it was: same object and mode, no hooks, gradients masked."""
@@ -93,11 +102,10 @@ class Chooser:
             variant = self.compiled = self._choices[key]
         if variant is not None and not variant.holds():
             variant = None
-        if not torch.compiler.is_compiling():
-            self.choose.running = LAYERS if variant is None else variant.name  # pyright: ignore[reportFunctionMemberAccess]
-        if variant is None:
-            return self.plain(self.model, *inputs)
-        return variant.function(self.model, *inputs)
+        if torch.compiler.is_compiling():
+            return (self.plain if variant is None else variant.function)(self.model, *inputs)
+        self.choose.running = LAYERS if variant is None else variant.name  # pyright: ignore[reportFunctionMemberAccess]
+        return (self.plain if variant is None else variant.eager)(self.model, *inputs)
 
     @property
     def graph(self) -> fx.Graph:
@@ -121,7 +129,7 @@ class Chooser:
         variants = {name: v for name, v in built.items() if v.holds() and name not in self.wrong}
         if not variants:
             return None
-        functions = {LAYERS: self.plain} | {name: variant.function for name, variant in variants.items()}
+        functions = {LAYERS: self.plain} | {name: variant.eager for name, variant in variants.items()}
         outputs = {n: restored(partial(detached, call, self.model, inputs)) for n, call in functions.items()}
         errors = {name: distance(outputs[LAYERS], outputs[name]) for name in variants}
         allowed = _TOLERANCE
@@ -160,7 +168,7 @@ class Chooser:
         if regions is None:
             return []
         fuse(self.model, regions.graph)
-        return [Variant(REGIONS, regions.graph, regions.absorbed)]
+        return [Variant(REGIONS, regions.graph, regions.absorbed, model=self.model)]
 
 
 class _ExactNorms(Interpreter):
@@ -238,11 +246,3 @@ def _ordinary(x: Tensor) -> bool:
 def _capturing() -> bool:
     """Whether a CUDA graph is being captured, in which nothing can be measured."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def function(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph's Python code as a function of the model."""
-    code = graph.python_code("self")
-    space = dict(code.globals)
-    exec(compile(code.src, "<sparsefx graph>", "exec"), space)
-    return space["forward"]

@@ -326,3 +326,11 @@ def _describe(error: Exception) -> str:
         return str(error)
     text = str(error).strip().splitlines()
     return f"does not trace ({type(error).__name__}: {text[0] if text else ''})"
+
+
+def function(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph's Python code as a function of the model."""
+    code = graph.python_code("self")
+    space = dict(code.globals)
+    exec(compile(code.src, "<sparsefx graph>", "exec"), space)
+    return space["forward"]

@@ -1,0 +1,452 @@
+"""The segment pass: runs of layers in a region that the CPU's kernels compute alone become one function each.
+
+A segment is a program of library calls (`kernels.cpu.segment`) for one shape of inputs and one set of masks. It is made
+when all its layers have run once, so that their kernels have been chosen; until then, and whenever something about the
+layers is not as it was, they run one by one. Both give the same numbers to the last bit.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from sparsefx import blocked
+from sparsefx.graph.trace import function
+from sparsefx.kernels.blocked import CONVERTED_DENSE
+from sparsefx.kernels.cpu import ConvPlan
+from sparsefx.kernels.cpu.abi import load
+from sparsefx.kernels.cpu.dense_wgrad import outer_products_pay
+from sparsefx.kernels.cpu.segment import Parameter, Segment, Value
+from sparsefx.kernels.runtime import Runtime
+from sparsefx.kernels.segment import Step
+from sparsefx.kernels.spec import ConvSpec, is_channels_last
+from sparsefx.layers import SparseConv2d
+
+Node = Any
+"""An `fx.Node`, whose arguments are typed too widely to follow."""
+_KINDS = {blocked.conv, blocked.batch_norm, blocked.prepare, blocked.max_pool}
+_FEWEST = 2
+"""Layers of a program."""
+_MOST_PROGRAMS = 16
+"""Of one piece: ever new sizes of inputs would keep ever more."""
+
+
+def segmented(model: nn.Module, graph: fx.Graph) -> fx.Graph | None:
+    """A region's graph with runs of layers as one call each; None where there are none.
+
+    Args:
+        graph: Of `layout` and `fuse`; it is not changed.
+    """
+    new = fx.Graph(tracer_cls=graph._tracer_cls)
+    made: dict[Node, Node] = {}
+    found = False
+    run: list[Node] = []
+
+    def close() -> None:
+        nonlocal found
+        if _layers(run) >= _FEWEST:
+            found = True
+            _call(model, new, run, made)
+        else:
+            for node in run:
+                made[node] = new.node_copy(node, made.__getitem__)
+        run.clear()
+
+    for node in graph.nodes:
+        if node.target in _KINDS or (node.target is operator.getitem and node.args[0] in run):
+            run.append(node)
+            continue
+        if node.op != "get_attr":
+            close()
+        made[node] = new.node_copy(node, made.__getitem__)
+    if not found:
+        return None
+    new.lint()
+    return new
+
+
+def _layers(run: Iterable[Node]) -> int:
+    return sum(node.target in _KINDS for node in run)
+
+
+def _call(model: nn.Module, graph: fx.Graph, run: Sequence[Node], made: dict[Node, Node]) -> None:
+    """Put a call of a run's layers into a graph."""
+    inputs, outputs = _borders(run)
+    group = Group(model, run, inputs, outputs)
+
+    def segment(*given: Any) -> Sequence[Any]:
+        return group(given)
+
+    segment.__name__ = segment.__qualname__ = f"segment_{run[0].name}"
+    called = graph.call_function(segment, tuple(made[node] for node in inputs))
+    for i, node in enumerate(outputs):
+        made[node] = graph.call_function(operator.getitem, (called, i))
+
+
+def _borders(run: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+    """What a run reads, layers apart, and what is read of it."""
+    inside = set(run)
+    read = dict.fromkeys(a for node in run for a in node.all_input_nodes if a.op != "get_attr")
+    return [a for a in read if a not in inside], [node for node in run if not set(node.users) <= inside]
+
+
+def _pieces(run: Sequence[Node], alone: Iterable[Node]) -> list[list[Node]]:
+    """Cut a run so that each piece reads and leaves what is written in memory; nodes in `alone` are by themselves."""
+    cut = set(alone)
+    while True:
+        pieces: list[list[Node]] = []
+        for node in run:
+            if not pieces or _producer(node) in cut or _producer(pieces[-1][-1]) in cut:
+                pieces.append([])
+            pieces[-1].append(node)
+        more = {at for piece in pieces for at in _unreadable(piece)} - cut
+        if not more:
+            return pieces
+        cut |= more
+
+
+def _unreadable(piece: Sequence[Node]) -> Iterator[Node]:
+    """Layers at which activations that are not written cross the borders of a piece."""
+    inside = set(piece)
+    for node in piece:
+        if not _readable(node) and not set(node.users) <= inside:
+            yield _producer(node)
+        if node.target in _KINDS and any(a not in inside and not _readable(a) for a in _activations(node)):
+            yield node
+
+
+def _producer(node: Node) -> Node:
+    return node.args[0] if node.target is operator.getitem else node
+
+
+def _readable(node: Node) -> bool:
+    """Whether a node's value is a tensor that anything may read."""
+    producer = _producer(node)
+    if node is producer:
+        return producer.target is not blocked.prepare and "forks" not in producer.kwargs
+    if producer.target is not blocked.prepare:
+        return True
+    return producer.kwargs["forks"].input and node.args[1] == 1
+
+
+def _activations(node: Node) -> list[Node]:
+    """The activations that a layer reads."""
+    residual = node.kwargs.get("residual")
+    return [node.args[1]] if residual is None else [node.args[1], residual]
+
+
+class Group:
+    """A run of layers, in pieces that are programs or run one by one."""
+
+    def __init__(self, model: nn.Module, run: Sequence[Node], inputs: list[Node], outputs: list[Node]) -> None:
+        self.model, self.run, self.inputs, self.outputs = model, list(run), inputs, outputs
+        self._alone: dict[Node, Any] = {}  # with the plans that made them so
+        self._cut()
+
+    def _cut(self) -> None:
+        self._pieces = [Piece(self.model, nodes) for nodes in _pieces(self.run, self._alone)]
+
+    def __call__(self, given: Sequence[Any]) -> Sequence[Any]:
+        if any(_layer(self.model, node).runtime.choose.plan is not plan for node, plan in self._alone.items()):
+            self._alone.clear()
+            self._cut()
+        values = dict(zip(self.inputs, given, strict=True))
+        others: list[Node] = []
+        for piece in self._pieces:
+            found = piece([values[node] for node in piece.inputs], others)
+            values.update(zip(piece.outputs, found, strict=True))
+        if others:
+            self._alone.update((node, _layer(self.model, node).runtime.choose.plan) for node in others)
+            self._cut()
+        return [values[node] for node in self.outputs]
+
+
+def _layer(model: nn.Module, node: Node) -> Any:
+    return model.get_submodule(str(node.args[0].target))
+
+
+class Piece:
+    """Layers that one program may run."""
+
+    def __init__(self, model: nn.Module, nodes: Sequence[Node]) -> None:
+        self.model, self.nodes = model, list(nodes)
+        self.inputs, self.outputs = _borders(nodes)
+        self.one_by_one = _function(self.nodes, self.inputs, self.outputs)
+        read = {a for node in nodes if node.target in _KINDS for a in _activations(node)}
+        self.tensors = [i for i, node in enumerate(self.inputs) if node in read]
+        self.images = [i for i, node in enumerate(self.inputs) if node not in read]
+        layers = [_layer(model, node) for node in nodes if node.target in _KINDS]
+        self.convs = [layer for layer in layers if isinstance(layer, SparseConv2d)]
+        self.norms = [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+        self.joins = len(layers) >= _FEWEST
+        self._programs: dict[tuple, Program] = {}
+
+    def __call__(self, given: Sequence[Any], others: list[Node]) -> Sequence[Any]:
+        """The outputs.
+
+        Args:
+            others: Takes the layers that no program can run.
+        """
+        program = self._program(given, others) if self.joins else None
+        if program is None:
+            return self.one_by_one(self.model, *given)
+        return program.run([given[i] for i in self.tensors])
+
+    def _program(self, given: Sequence[Any], others: list[Node]) -> "Program | None":
+        """What computes a call, if something does."""
+        tensors = [given[i] for i in self.tensors]
+        if _observed() or not all(_plain(t) for t in tensors):
+            return None
+        grad = torch.is_grad_enabled()
+        state = (
+            *(_conv_state(layer, grad) for layer in self.convs),
+            *(_norm_state(layer, grad) for layer in self.norms),
+        )
+        if None in state:
+            return None
+        key = (tuple((t.shape, t.requires_grad and grad) for t in tensors), tuple(given[i] for i in self.images), grad)
+        program = self._programs.get(key)
+        if program is not None and program.state == state and program.holds():
+            return program
+        self._programs.pop(key, None)
+        if len(self._programs) >= _MOST_PROGRAMS:
+            self._programs.clear()
+        try:
+            made = self._programs[key] = Program(self, tensors, {given[i] for i in self.images}, state, grad)
+        except Unsettled as reason:
+            others += [] if reason.layer is None else [reason.layer]
+            return None
+        return made
+
+
+class Unsettled(Exception):
+    """A program cannot be made yet; or never while `layer` runs what it does."""
+
+    def __init__(self, layer: Node = None) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+class Program:
+    """A run of layers for one shape of inputs and one set of masks.
+
+    Attributes:
+        state: Of the layers, on which it depends.
+    Raises:
+        Unsettled: it cannot be made yet.
+    """
+
+    def __init__(self, piece: Piece, tensors: Sequence[Tensor], images: set[int], state: tuple, grad: bool) -> None:
+        if len(images) != 1:
+            raise Unsettled
+        self.piece, self.state = piece, state
+        self.segment = Segment(load(), images.pop(), grad=grad)
+        self._parameters: list[tuple[Parameter, nn.Module, str]] = []
+        self._weights: dict[Parameter, Runtime] = {}
+        self._plans: list[tuple[SparseConv2d, Any]] = []
+        self._windows: list[Runtime] = []  # whose sparse weight gradient has not been chosen
+        self._tracked: list[nn.BatchNorm2d] = []
+        values: dict[Node, Any] = {}
+        for i, tensor in zip(piece.tensors, tensors, strict=True):
+            values[piece.inputs[i]] = self.segment.input(tensor.shape, wants=tensor.requires_grad)
+        for node in piece.nodes:
+            values[node] = self._add(node, values)
+        outputs = [values[node] for node in piece.outputs]
+        buffers = [value.buffer for value in outputs]
+        if any(buffer.given for buffer in buffers) or len(set(buffers)) < len(buffers):
+            raise Unsettled  # an output is the memory of an input or of another output
+        self.segment.finish(outputs)
+
+    def holds(self) -> bool:
+        """Whether the masks are those for which it was made, and it computes what is wanted."""
+        for layer, plan in self._plans:
+            if layer.runtime.choose.plan is not plan or plan.stale(layer.weight_mask):
+                return False
+        return all(runtime.collecting for runtime in self._windows)
+
+    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The outputs of the layers."""
+        parameters = [(p, _tensor(layer, name)) for p, layer, name in self._parameters]
+        self._count()
+        return Step(self.segment, parameters, self._weights, self._again).run(tensors)
+
+    def _count(self) -> None:
+        """Note that the running statistics move."""
+        counts = [n for layer in self._tracked if (n := layer.num_batches_tracked) is not None]
+        if counts:
+            torch._foreach_add_(counts, 1)
+        moved = [t for layer in self._tracked for t in (layer.running_mean, layer.running_var) if t is not None]
+        if moved and not moved[0].is_inference():
+            torch.autograd.graph.increment_version(moved)
+
+    def _again(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """The layers one by one, with running statistics as they are now afterwards."""
+        buffers = [b for layer in self._tracked for b in layer.buffers()]
+        before = [b.clone() for b in buffers]
+        at = dict(zip(self.piece.tensors, inputs, strict=True))
+        given = [at.get(i, self.segment.images) for i in range(len(self.piece.inputs))]
+        try:
+            return self.piece.one_by_one(self.piece.model, *given)
+        finally:
+            with torch.no_grad():
+                for buffer, kept in zip(buffers, before, strict=True):
+                    buffer.copy_(kept)
+
+    def _add(self, node: Node, values: dict[Node, Any]) -> Any:
+        if node.target is operator.getitem:
+            return values[node.args[0]][node.args[1]]
+        x = values[node.args[1]]
+        if node.target is blocked.max_pool:
+            return self._max_pool(node, x)
+        residual = node.kwargs.get("residual")
+        added = None if residual is None else values[residual]
+        return self._conv(node, x, added) if node.target is blocked.conv else self._norm(node, x, added)
+
+    def _conv(self, node: Node, x: Value, residual: Value | None) -> Value:
+        layer: SparseConv2d = _layer(self.piece.model, node)
+        choose = layer.runtime.choose
+        if node.kwargs.get("relu") or not outer_products_pay(layer.weight, layer.groups):
+            raise Unsettled(node)
+        if choose.plan is None or choose.plan.stale(layer.weight_mask):
+            raise Unsettled
+        padding = layer._reversed_padding_repeated_twice[::-2]
+        spec = ConvSpec(
+            list(layer.stride), list(padding), list(layer.dilation), False, [0, 0], layer.groups, self.segment.images
+        )
+        weight, shape = self._parameter(layer, "weight"), torch.Size(x.shape)
+        kinds = ["fprop"] + ["dgrad"] * x.wants
+        backends = [choose.settled(kind, spec, shape, torch.float32) for kind in kinds]
+        if None in backends:
+            raise Unsettled
+        plans = [getattr(backend, "conv", None) for backend in backends]
+        if not all(isinstance(plan, ConvPlan) for plan in plans):
+            raise Unsettled(node)
+        dense = False
+        if self.segment.grad and weight.wants:
+            wgrad = choose.settled("wgrad", spec, shape, torch.float32)
+            if wgrad is None and not layer.runtime.collecting:
+                raise Unsettled
+            if wgrad is None:
+                self._windows.append(layer.runtime)
+            dense = wgrad is CONVERTED_DENSE
+            if not (wgrad is None or dense or hasattr(wgrad, "conv")):
+                raise Unsettled(node)
+        self._plans.append((layer, choose.plan))
+        self._weights[weight] = layer.runtime
+        mask, bias = self._parameter(layer, "weight_mask"), self._parameter(layer, "bias")
+        centred = bool(node.kwargs.get("centred"))
+        return self.segment.conv(plans[0], x, weight, mask, bias, residual, centred=centred, dense=dense)
+
+    def _norm(self, node: Node, x: Value, residual: Value | None) -> Value | list[Value]:
+        layer: nn.BatchNorm2d = _layer(self.piece.model, node)
+        training = layer.training or layer.running_mean is None or layer.running_var is None
+        count = self.segment.images * x.shape[2] * x.shape[3]
+        if training and count < 2:
+            raise Unsettled  # the layer says what is wrong
+        running = None
+        if blocked.tracks(layer):
+            self._tracked.append(layer)
+        if blocked.tracks(layer) or not training:
+            running = self._parameter(layer, "running_mean"), self._parameter(layer, "running_var")
+        forks = node.kwargs.get("forks")
+        out = self.segment.norm(
+            x,
+            self._parameter(layer, "weight"),
+            self._parameter(layer, "bias"),
+            running,
+            residual,
+            training=training,
+            eps=layer.eps,
+            factor=layer.momentum or 0.0,
+            relu=bool(node.kwargs.get("relu")),
+            write=node.target is blocked.batch_norm,
+            forks=forks or (False, False),
+        )
+        return out if forks else out[0]
+
+    def _max_pool(self, node: Node, x: Value) -> Value:
+        pool = blocked.pooling(_layer(self.piece.model, node), x.shape)
+        if pool is None:
+            raise Unsettled(node)
+        return self.segment.max_pool(x, pool)
+
+    def _parameter(self, layer: nn.Module, name: str) -> Any:
+        """A tensor of a layer as the segment knows it; None if there is none."""
+        tensor = _tensor(layer, name)
+        if tensor is None:
+            return None
+        parameter = Parameter.of(tensor, wants=tensor.requires_grad)
+        self._parameters.append((parameter, layer, name))
+        return parameter
+
+
+def _tensor(layer: nn.Module, name: str) -> Any:
+    found = layer._parameters.get(name)
+    return layer._buffers.get(name) if found is None else found
+
+
+def _conv_state(layer: SparseConv2d, grad: bool) -> tuple | None:
+    """What a program depends on of a layer beside its mask; None where its tensors are none for the kernels."""
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    if layer.__dict__["_bound"]() is not weight or weight is None or not _fits(weight):
+        return None
+    if bias is not None and not _fits(bias):
+        return None
+    return weight.stride(), weight.requires_grad and grad, None if bias is None else bias.requires_grad and grad
+
+
+def _norm_state(layer: nn.BatchNorm2d, grad: bool) -> tuple | None:
+    """The same for a BatchNorm."""
+    tensors = *layer._parameters.values(), layer._buffers.get("running_mean"), layer._buffers.get("running_var")
+    if any(t is not None and not _fits(t) for t in tensors):
+        return None
+    if layer.momentum is None and blocked.tracks(layer):
+        return None
+    wants = tuple(None if t is None else t.requires_grad and grad for t in tensors)
+    return layer.training, layer.track_running_stats, layer.momentum, layer.eps, wants
+
+
+def _fits(tensor: Tensor) -> bool:
+    dense = tensor.is_contiguous() or is_channels_last(tensor)
+    return tensor.dtype == torch.float32 and tensor.is_cpu and dense and type(tensor) in (nn.Parameter, Tensor)
+
+
+def _plain(x: Any) -> bool:
+    """Whether a segment takes an activation."""
+    return type(x) is Tensor and x.dim() == 5 and x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
+
+
+def _observed() -> bool:
+    """Whether something sees layers one by one, or wants them so.
+
+    Several ranks do: gradients that come layer by layer are sent while the next are computed.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return True
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _function(run: Sequence[Node], inputs: list[Node], outputs: list[Node]) -> Callable[..., Sequence[Tensor]]:
+    """The layers one by one, as a function of the model and the inputs."""
+    graph = fx.Graph(tracer_cls=run[0].graph._tracer_cls)
+    made = {node: graph.placeholder(f"given_{i}") for i, node in enumerate(inputs)}
+
+    def copied(node: Node) -> Node:
+        if node not in made:
+            made[node] = graph.node_copy(node, copied)
+        return made[node]
+
+    for node in run:
+        for layer in _attributes(node):
+            copied(layer)
+        copied(node)
+    graph.output(map_arg(tuple(outputs), made.__getitem__))
+    return function(graph)
+
+
+def _attributes(node: Node) -> Iterator[Node]:
+    return (a for a in node.all_input_nodes if a.op == "get_attr")
