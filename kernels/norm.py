@@ -148,9 +148,10 @@ class _Norm(torch.autograd.Function):
         else:
             x = x.contiguous()
             found = _forward(x, residual, weight, bias, mean, var, *options, factor, write)
-            y, used_mean, used_var, rstd, prologue = found
+            used_mean, used_var, rstd, prologue = found.mean, found.var, found.rstd, found.prologue
+            y = _alias(x) if found.y is None else found.y
             if prologue is not None:
-                y, more = _alias(x), (prologue.scale, prologue.shift)
+                more = prologue.scale, prologue.shift
         # Without a residual backward finds the sign behind the ReLU in x, and y need not be kept.
         kept = y if relu and residual is not None else None
         ctx.save_for_backward(x, kept, weight, bias, used_mean, used_var, rstd)

@@ -35,8 +35,9 @@ _THIN = 16
 """Of a layer with fewer input or output channels dense kernels, which block them by so many, do mostly nothing."""
 _REPEATS, _ENOUGH = 5, 0.002
 """Rounds of a measurement and its seconds, both at least."""
-_HOPELESS, _LONG = 1.5, 0.002
-"""A candidate that takes so much longer than another is not run again: at once where all take so many seconds."""
+_HOPELESS, _LONG, _SURE = 1.5, 0.002, 2
+"""A candidate that takes so much longer than another is not run again: where all take so many seconds, after so many
+rounds, for one may have been disturbed."""
 _CLEAR = 1.5
 """A new mask is not measured where times of an old one foresee dense and sparse kernels this far apart."""
 
@@ -412,7 +413,7 @@ def interleaved(calls: list[Callable[[], Any]], device: torch.device) -> list[fl
         for i in sorted(running):
             least[i] = min(least[i], timed(calls[i]))
         rounds += 1
-        if rounds >= _REPEATS or min(least) >= _LONG:
+        if rounds >= (_SURE if min(least) >= _LONG else _REPEATS):
             running = {i for i in running if least[i] <= _HOPELESS * min(least)}
     return least
 

@@ -36,6 +36,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_norm": (None, [_INT, _INT, _P, _I64, _I64, _I64, _INT]),
     "sfx_channel_sums": (None, [_INT, _P, _I64, _I64, _I64, _P, _INT]),
     "sfx_add": (None, [_P, _P, _P, _I64, _INT]),
+    "sfx_relu_backward": (None, [_P, _P, _P, _I64, _INT]),
     "sfx_masked_copy": (None, [_P, _P, _P, _I64, _INT]),
     "sfx_masked_fold": (None, [_P, _P, _P, _P, _I64, ctypes.c_float, ctypes.c_float, _INT]),
     "sfx_mask_pack": (None, [_P, _P, _I64, _INT]),

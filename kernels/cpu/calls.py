@@ -1,7 +1,6 @@
 """Library calls made ready once and run again and again, with buffers planned ahead in one piece of memory."""
 
 import ctypes
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,16 +19,11 @@ class Buffer:
 
     Attributes:
         size: Bytes.
-        given: Whether each run says where it lies; else it has a place in an arena.
+        given: Whether each run says where it lies; else it has a place in an arena. May change until `Calls.finish`.
     """
 
     def __init__(self, size: int, *, given: bool = False) -> None:
         self.size, self.given = size, given
-
-
-def tensor_bytes(shape: Sequence[int], itemsize: int = 4) -> int:
-    """Bytes of a tensor."""
-    return math.prod(shape) * itemsize
 
 
 class Calls:
@@ -47,7 +41,7 @@ class Calls:
         self._threads = ctypes.c_int()
         self._planned: list[tuple[str, tuple[Any, ...]]] = []
         self._lives: dict[Buffer, tuple[int, int]] = {}
-        self._run: list[tuple[Callable[..., int | None], tuple[Any, ...]]] = []
+        self._ready: list[tuple[str, tuple[Any, ...]]] = []
         self._lock = threading.Lock()
 
     def add(self, function: str, *arguments: Any) -> None:
@@ -83,18 +77,18 @@ class Calls:
         numbers = {b: i for i, b in enumerate(self._lives)}
         structures = [a for _, arguments in self._planned for a in arguments if isinstance(a, Structure)]
         words = len(numbers) + sum(s.words for s in structures)
-        self._cells = np.zeros(words, dtype=np.int64)
-        pointers = {b: ctypes.c_void_p.from_buffer(self._cells, _WORD * i) for b, i in numbers.items()}
+        memory = (ctypes.c_int64 * words)()
+        self._cells = np.frombuffer(memory, dtype=np.int64)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        pointers = {b: ctypes.c_void_p.from_buffer(memory, _WORD * i) for b, i in numbers.items()}
         homes: dict[Buffer, list[int]] = {b: [i] for b, i in numbers.items()}
         made: dict[Structure, Any] = {}
         at = len(numbers)
         for structure in structures:
-            made[structure] = structure.place(self._cells, at, homes)
+            made[structure] = structure.place(memory, at, homes)
             at += structure.words
         ready = {**pointers, **made}
-        for name, arguments in self._planned:
-            function = getattr(self.library, name)
-            self._run.append((function, (*(ready.get(a, a) if _known(a) else a for a in arguments), self._threads)))
+        for function, arguments in self._planned:
+            self._ready.append((function, (*(ready.get(a, a) if _known(a) else a for a in arguments), self._threads)))
         self._ours = _places(homes, self.places)
         self._others = _places(homes, {b: o for b, o in other.items() if b in self._lives})
         self._given_cells = np.array([cell for b in self.given for cell in homes[b]], dtype=np.int64)
@@ -116,8 +110,8 @@ class Calls:
             cells[self._others[0]] = self._others[1] + other
             cells[self._given_cells] = np.array(given, dtype=np.int64)[self._given_of]
             self._threads.value = torch.get_num_threads()
-            for function, arguments in self._run:
-                if function(*arguments):
+            for function, arguments in self._ready:
+                if getattr(self.library, function)(*arguments):
                     check(self.library, 1)
 
 
@@ -132,9 +126,9 @@ class Structure:
         self.kind, self.fields = kind, fields
         self.words = -(-ctypes.sizeof(kind) // _WORD)
 
-    def place(self, cells: np.ndarray, at: int, homes: dict[Buffer, list[int]]) -> Any:
-        """Make it at cell `at`, note the cells of its buffers, and return the argument."""
-        made = self.kind.from_buffer(cells, _WORD * at)
+    def place(self, memory: ctypes.Array, at: int, homes: dict[Buffer, list[int]]) -> Any:
+        """Make it at word `at` of `memory`, note the cells of its buffers, and return the argument."""
+        made = self.kind.from_buffer(memory, _WORD * at)
         for name, value in self.fields.items():
             if isinstance(value, Buffer):
                 homes[value].append(at + getattr(self.kind, name).offset // _WORD)

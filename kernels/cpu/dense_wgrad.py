@@ -1,7 +1,6 @@
 """Dense weight gradients: of a convolution on blocked activations, of a linear layer with its mask."""
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 
@@ -70,8 +69,8 @@ def dense_wgrad(
     return out
 
 
-def uses_amx(library: ctypes.CDLL, shape: Sequence[int], blocks: int) -> bool:
-    """Whether there are matrix units, whose tiles take 16 channels and two blocks of images, and packing into them pays.
+def uses_amx(library: ctypes.CDLL, shape: ctypes.Array, blocks: int) -> bool:
+    """Whether packing into matrix units, whose tiles take 16 channels and two blocks of images, pays: where there are any.
 
     Args:
         shape: Out, in, R, S, ..., groups, of the layer.

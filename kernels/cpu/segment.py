@@ -125,10 +125,11 @@ class Segment:
         bias: Parameter | None,
         residual: Value | None,
         *,
+        relu: bool,
         centred: bool,
         dense: bool,
     ) -> Value:
-        """A convolution, plus `residual`.
+        """A convolution, plus `residual`, then a ReLU.
 
         Args:
             centred: As for `ops.conv`.
@@ -141,18 +142,21 @@ class Segment:
             x.wants or weight.wants or (bias is not None and bias.wants) or (residual is not None and residual.wants)
         )
         y, values = Value(blocked(shape), shape, wants), Buffer(_FLOAT * plan.nnz)
-        given = None if bias is None else bias.buffer
-        added = None if residual is None else residual.buffer
+        added = None if bias is None else bias.buffer, None if residual is None else residual.buffer
         self.forward.add("sfx_layer_collect", plan.handle, FP32, weight.last, weight.buffer, values)
+        at = self.images, h, w
         self.forward.add(
-            "sfx_conv_gather", plan.handle, PASSES["fprop"], FP32, x.buffer, self.images, h, w, x.argument(), values, given,
-            added, False, y.buffer,
+            "sfx_conv_gather", plan.handle, PASSES["fprop"], FP32, x.buffer, *at, x.argument(), values, *added, relu, y.buffer
         )  # fmt: skip
 
         def backward(b: Backward) -> None:
             grad = b.total(y)
             if grad is None:
                 return
+            if relu:
+                passed = blocked(y.shape)
+                b.calls.add("sfx_relu_backward", grad, y.buffer, passed, y.elements)
+                grad = passed
             if bias is not None and bias.wants:
                 out = None if centred else b.result(bias)
                 if out is not None:
@@ -161,18 +165,16 @@ class Segment:
                 b.gradients[bias] = Gradient(out)
             if x.wants:
                 for_x = blocked(x.shape)
+                nothing = None, None, False  # to add, or to clamp
                 b.calls.add(
-                    "sfx_conv_gather", plan.handle, PASSES["dgrad"], FP32, grad, self.images, h, w, None, values, None, None,
-                    False, for_x,
-                )  # fmt: skip
+                    "sfx_conv_gather", plan.handle, PASSES["dgrad"], FP32, grad, *at, None, values, *nothing, for_x
+                )
                 b.contribute(x, for_x)
             if weight.wants and (dense or weight in b.dense):
                 b.gradients[weight] = self._dense(b, plan, x, grad, weight, mask)
             elif weight.wants:
                 out, sums = b.result(weight), Buffer(_FLOAT * plan.nnz)
-                b.calls.add(
-                    "sfx_conv_wgrad", plan.handle, FP32, grad, x.buffer, self.images, h, w, x.argument(), sums
-                )  # fmt: skip
+                b.calls.add("sfx_conv_wgrad", plan.handle, FP32, grad, x.buffer, *at, x.argument(), sums)
                 b.calls.add("sfx_layer_scatter", plan.handle, FP32, weight.last, sums, out)
                 b.gradients[weight] = Gradient(out)
             if residual is not None:
@@ -233,15 +235,12 @@ class Segment:
             y = Value(blocked(x.shape), x.shape, wants)
         else:
             y = Value(x.buffer, x.shape, wants, (mean, scale, shift, relu))
-        given = {
-            "x": x.buffer, "weight": affine[0], "bias": affine[1], "mean": mean, "rstd": rstd, "training": training, "relu": relu,
-        }  # fmt: skip
-        more = {} if write else {"scale": scale, "shift": shift}
-        fields = {
-            **given, **more, "y": y.buffer if write else None, "residual": None if residual is None else residual.buffer,
-            "var": var, "running_mean": statistics[0], "running_var": statistics[1], "eps": eps, "factor": factor,
-        }  # fmt: skip
-        self.forward.add("sfx_norm", 0, FP32, Structure(SfxNorm, **fields), self.images, channels, area)
+        given = {"x": x.buffer, "weight": affine[0], "bias": affine[1], "mean": mean, "rstd": rstd}
+        given |= {"training": training, "relu": relu}
+        fields = {"y": y.buffer} if write else {"scale": scale, "shift": shift}
+        fields |= {"residual": None if residual is None else residual.buffer, "var": var, "eps": eps, "factor": factor}
+        fields |= {"running_mean": statistics[0], "running_var": statistics[1]}
+        self.forward.add("sfx_norm", 0, FP32, Structure(SfxNorm, **given, **fields), self.images, channels, area)
         again = Value(x.buffer, x.shape, x.wants, x.prologue) if forks[0] else None
         twice = Value(y.buffer, y.shape, y.wants, y.prologue) if forks[1] else None
 

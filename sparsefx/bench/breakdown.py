@@ -42,6 +42,9 @@ KINDS = {
         "aten::mean",
     ),
     "elementwise": (
+        "sfx_add",
+        "sfx_relu_backward",
+        "sfx_channel_sums",
         "aten::relu",
         "aten::clamp_min",
         "aten::threshold",

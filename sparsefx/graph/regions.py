@@ -90,22 +90,29 @@ class Chooser:
         """Run what was chosen for such a call, choosing first if need be."""
         if torch.compiler.is_compiling():
             variant = self.compiled
-        else:
-            key = call_key(inputs)
-            if self._generation != getattr(self.choose, "generation", 0):
-                self._generation = getattr(self.choose, "generation", 0)
-                self._choices.clear()
-            if key not in self._choices:
-                if observed(self.model) or _capturing():
-                    return self.plain(self.model, *inputs)
-                self._choices[key] = self._choice(key, inputs)
-            variant = self.compiled = self._choices[key]
+            if variant is not None and not variant.holds():
+                variant = None
+            return (self.plain if variant is None else variant.function)(self.model, *inputs)
+        key = call_key(inputs)
+        if self._generation != getattr(self.choose, "generation", 0):
+            self._generation = getattr(self.choose, "generation", 0)
+            self._choices.clear()
+        variant = self._chosen(key, inputs)
+        if variant is not None and not variant.holds():  # as when a layer alone was put into eval mode
+            variant = self._chosen((*key, tuple(module.training for module in self.model.modules())), inputs)
+        self.compiled = variant
         if variant is not None and not variant.holds():
             variant = None
-        if torch.compiler.is_compiling():
-            return (self.plain if variant is None else variant.function)(self.model, *inputs)
         self.choose.running = LAYERS if variant is None else variant.name  # pyright: ignore[reportFunctionMemberAccess]
         return (self.plain if variant is None else variant.eager)(self.model, *inputs)
+
+    def _chosen(self, key: tuple, inputs: tuple[Tensor, ...]) -> Variant | None:
+        """The graph for calls of a kind; None is the graph itself."""
+        if key not in self._choices:
+            if observed(self.model) or _capturing():
+                return None
+            self._choices[key] = self._choice(key, inputs)
+        return self._choices[key]
 
     @property
     def graph(self) -> fx.Graph:
@@ -156,12 +163,15 @@ class Chooser:
         return variants.get(chosen)
 
     def _variants(self, inputs: tuple[Tensor, ...], restored: Callable) -> dict[str, Variant]:
-        shape = tuple((x.shape[1:], x.dtype) for x in inputs)
-        if shape not in self._built:
+        kind = (
+            tuple((x.shape[1:], x.dtype) for x in inputs),
+            tuple(module.training for module in self.model.modules()),
+        )
+        if kind not in self._built:
             built = [Variant(DENSE, *dense(self.model, self.old))]
             regions = restored(partial(self._regions, inputs))[0]
-            self._built[shape] = {variant.name: variant for variant in (*regions, *built)}
-        return self._built[shape]
+            self._built[kind] = {variant.name: variant for variant in (*regions, *built)}
+        return self._built[kind]
 
     def _regions(self, inputs: tuple[Tensor, ...]) -> list[Variant]:
         regions = assign(self.model, self.old, record(self.model, self.old, inputs))

@@ -150,7 +150,7 @@ class Group:
         self._pieces = [Piece(self.model, nodes) for nodes in _pieces(self.run, self._alone)]
 
     def __call__(self, given: Sequence[Any]) -> Sequence[Any]:
-        if any(_layer(self.model, node).runtime.choose.plan is not plan for node, plan in self._alone.items()):
+        if any(_plan(_layer(self.model, node)) is not plan for node, plan in self._alone.items()):
             self._alone.clear()
             self._cut()
         values = dict(zip(self.inputs, given, strict=True))
@@ -159,13 +159,19 @@ class Group:
             found = piece([values[node] for node in piece.inputs], others)
             values.update(zip(piece.outputs, found, strict=True))
         if others:
-            self._alone.update((node, _layer(self.model, node).runtime.choose.plan) for node in others)
+            self._alone.update((node, _plan(_layer(self.model, node))) for node in others)
             self._cut()
         return [values[node] for node in self.outputs]
 
 
 def _layer(model: nn.Module, node: Node) -> Any:
     return model.get_submodule(str(node.args[0].target))
+
+
+def _plan(layer: nn.Module) -> Any:
+    """What a layer's kernels were chosen for; None where it has no mask."""
+    choose = layer.runtime.choose if isinstance(layer, SparseConv2d) else None
+    return None if choose is None else choose.plan
 
 
 class Piece:
@@ -263,7 +269,7 @@ class Program:
     def holds(self) -> bool:
         """Whether the masks are those for which it was made, and it computes what is wanted."""
         for layer, plan in self._plans:
-            if layer.runtime.choose.plan is not plan or plan.stale(layer.weight_mask):
+            if _plan(layer) is not plan or plan.stale(layer.weight_mask):
                 return False
         return all(runtime.collecting for runtime in self._windows)
 
@@ -277,7 +283,7 @@ class Program:
         """Note that the running statistics move."""
         counts = [n for layer in self._tracked if (n := layer.num_batches_tracked) is not None]
         if counts:
-            torch._foreach_add_(counts, 1)
+            torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]
         moved = [t for layer in self._tracked for t in (layer.running_mean, layer.running_var) if t is not None]
         if moved and not moved[0].is_inference():
             torch.autograd.graph.increment_version(moved)
@@ -307,10 +313,10 @@ class Program:
 
     def _conv(self, node: Node, x: Value, residual: Value | None) -> Value:
         layer: SparseConv2d = _layer(self.piece.model, node)
-        choose = layer.runtime.choose
-        if node.kwargs.get("relu") or not outer_products_pay(layer.weight, layer.groups):
-            raise Unsettled(node)
-        if choose.plan is None or choose.plan.stale(layer.weight_mask):
+        choose, known = layer.runtime.choose, _plan(layer)
+        if self.segment.grad and layer.weight.requires_grad and not outer_products_pay(layer.weight, layer.groups):
+            raise Unsettled(node)  # its gradient of all weights, which the window needs, is the vendor's
+        if known is None or known.stale(layer.weight_mask):
             raise Unsettled
         padding = layer._reversed_padding_repeated_twice[::-2]
         spec = ConvSpec(
@@ -321,8 +327,8 @@ class Program:
         backends = [choose.settled(kind, spec, shape, torch.float32) for kind in kinds]
         if None in backends:
             raise Unsettled
-        plans = [getattr(backend, "conv", None) for backend in backends]
-        if not all(isinstance(plan, ConvPlan) for plan in plans):
+        plans = [plan for backend in backends if isinstance(plan := getattr(backend, "conv", None), ConvPlan)]
+        if len(plans) < len(backends):
             raise Unsettled(node)
         dense = False
         if self.segment.grad and weight.wants:
@@ -334,11 +340,11 @@ class Program:
             dense = wgrad is CONVERTED_DENSE
             if not (wgrad is None or dense or hasattr(wgrad, "conv")):
                 raise Unsettled(node)
-        self._plans.append((layer, choose.plan))
+        self._plans.append((layer, known))
         self._weights[weight] = layer.runtime
         mask, bias = self._parameter(layer, "weight_mask"), self._parameter(layer, "bias")
-        centred = bool(node.kwargs.get("centred"))
-        return self.segment.conv(plans[0], x, weight, mask, bias, residual, centred=centred, dense=dense)
+        relu, centred = (bool(node.kwargs.get(name)) for name in ("relu", "centred"))
+        return self.segment.conv(plans[0], x, weight, mask, bias, residual, relu=relu, centred=centred, dense=dense)
 
     def _norm(self, node: Node, x: Value, residual: Value | None) -> Value | list[Value]:
         layer: nn.BatchNorm2d = _layer(self.piece.model, node)
@@ -393,7 +399,7 @@ def _conv_state(layer: SparseConv2d, grad: bool) -> tuple | None:
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     if layer.__dict__["_bound"]() is not weight or weight is None or not _fits(weight):
         return None
-    if bias is not None and not _fits(bias):
+    if (bias is not None and not _fits(bias)) or layer.weight_mask.stride() != weight.stride():
         return None
     return weight.stride(), weight.requires_grad and grad, None if bias is None else bias.requires_grad and grad
 

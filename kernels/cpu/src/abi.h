@@ -94,6 +94,8 @@ void sfx_mask_pack(const uint8_t* mask, uint64_t* bits, int64_t n, int threads);
 int sfx_mask_same(const uint8_t* mask, const uint64_t* bits, int64_t n, int threads);
 // out = a + b.
 void sfx_add(const float* a, const float* b, float* out, int64_t n, int threads);
+// out = grad where y > 0, zero elsewhere.
+void sfx_relu_backward(const float* grad, const float* y, float* out, int64_t n, int threads);
 // sums: <a, b> and <b, b>.
 void sfx_products(const float* a, const float* b, int64_t n, double* sums, int threads);
 

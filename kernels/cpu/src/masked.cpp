@@ -1,4 +1,5 @@
-// One pass over memory for what sparse training does to dense weights, gradients and moments, and for sums of gradients.
+// One pass over memory for what sparse training does to dense weights, gradients and moments, and to gradients of
+// activations.
 #include <atomic>
 #include <cstring>
 #include <vector>
@@ -96,6 +97,13 @@ void sfx_add(const float* a, const float* b, float* out, int64_t n, int threads)
   in_chunks(n, sfx::team(threads), [&](int64_t, int64_t start, int64_t count) {
 #pragma omp simd
     for (int64_t i = start; i < start + count; ++i) out[i] = a[i] + b[i];
+  });
+}
+
+void sfx_relu_backward(const float* grad, const float* y, float* out, int64_t n, int threads) {
+  in_chunks(n, sfx::team(threads), [&](int64_t, int64_t start, int64_t count) {
+#pragma omp simd
+    for (int64_t i = start; i < start + count; ++i) out[i] = y[i] <= 0 ? 0.0f : grad[i];
   });
 }
 
