@@ -79,7 +79,8 @@ class Runtime:
 
     Attributes:
         name: Name of the layer, for errors.
-        choose: `(pass, spec, x, grad, weight, mask) -> Backend`; None runs masked dense.
+        choose: `(pass, spec, x, grad, weight, mask) -> Backend`; None runs masked dense. Where it has an attribute `plan`,
+            that stands for the mask of the latest call, and `settled(pass, spec, shape, dtype)` is the backend, if chosen.
         full: Whether the mask missed no weight when `choose` last saw it.
         dense: Whether `choose` has found dense kernels the fastest for an output with the present mask.
         collecting: Whether the gradient of missing weights is collected (the window). Changed only between steps.

@@ -70,7 +70,7 @@ def dense_wgrad(
 
 
 def uses_amx(library: ctypes.CDLL, shape: ctypes.Array, blocks: int) -> bool:
-    """Whether packing into matrix units, whose tiles take 16 channels and two blocks of images, pays: where there are any.
+    """Whether packing into matrix units pays, whose tiles take 16 channels and two blocks of images; not without any.
 
     Args:
         shape: Out, in, R, S, ..., groups, of the layer.

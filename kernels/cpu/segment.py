@@ -144,10 +144,10 @@ class Segment:
         y, values = Value(blocked(shape), shape, wants), Buffer(_FLOAT * plan.nnz)
         added = None if bias is None else bias.buffer, None if residual is None else residual.buffer
         self.forward.add("sfx_layer_collect", plan.handle, FP32, weight.last, weight.buffer, values)
-        at = self.images, h, w
+        at, into = (self.images, h, w), (relu, y.buffer)
         self.forward.add(
-            "sfx_conv_gather", plan.handle, PASSES["fprop"], FP32, x.buffer, *at, x.argument(), values, *added, relu, y.buffer
-        )  # fmt: skip
+            "sfx_conv_gather", plan.handle, PASSES["fprop"], FP32, x.buffer, *at, x.argument(), values, *added, *into
+        )
 
         def backward(b: Backward) -> None:
             grad = b.total(y)

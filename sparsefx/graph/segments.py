@@ -170,8 +170,7 @@ def _layer(model: nn.Module, node: Node) -> Any:
 
 def _plan(layer: nn.Module) -> Any:
     """What a layer's kernels were chosen for; None where it has no mask."""
-    choose = layer.runtime.choose if isinstance(layer, SparseConv2d) else None
-    return None if choose is None else choose.plan
+    return getattr(layer.runtime.choose, "plan", None) if isinstance(layer, SparseConv2d) else None
 
 
 class Piece:

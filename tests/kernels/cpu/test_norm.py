@@ -104,3 +104,27 @@ def test_nan_stays_visible_through_relu():
 def test_single_value_per_channel_raises_in_training():
     with pytest.raises(ValueError, match="more than 1 value"):
         batch_norm_forward(blocked(torch.zeros(1, 2, 1, 1)), None, None, None, None, training=True, images=1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_and_prologue_are_torchs(training):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(20, 3, 5, 5) * 2 + 1, torch.randn(3), torch.randn(3)
+    layer = torch.nn.BatchNorm2d(3).train(training)
+    with torch.no_grad():
+        for tensor, value in ((layer.weight, weight), (layer.bias, bias), (layer.running_mean, torch.randn(3))):
+            tensor.copy_(value)
+    mean, var = layer.running_mean.clone(), layer.running_var.clone()
+    versions = mean._version, var._version
+    factor = 0.1 if training else None
+    out = batch_norm_forward(
+        blocked(x), weight, bias, mean, var, training=training, images=20, write=False, factor=factor
+    )
+    want = layer(x)
+    torch.testing.assert_close(mean, layer.running_mean)
+    torch.testing.assert_close(var, layer.running_var)
+    assert (mean._version > versions[0], var._version > versions[1]) == (training, training)
+    assert out.y is None
+    assert out.prologue is not None
+    used, scale, shift, _ = out.prologue
+    torch.testing.assert_close((x - used.view(3, 1, 1)) * scale.view(3, 1, 1) + shift.view(3, 1, 1), want.detach())
