@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsefx.kernels.cpu.abi import empty, load, pointer
 from sparsefx.kernels.cpu.build import CompilerUnavailable
-from sparsefx.kernels.cpu.dense_wgrad import FEWEST_LANES, FEWEST_WEIGHTS, MOST_ROWS, linear_dense_wgrad
+from sparsefx.kernels.cpu.dense_wgrad import FEWEST_LANES, MOST_ROWS, linear_dense_wgrad
 
 _Sums = ctypes.c_double * 2
 
@@ -136,7 +136,12 @@ def _multiplies(grad: Tensor, x: Tensor, mask: Tensor) -> bool:
     if torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad):
         return False
     plain = all(type(t) is Tensor and t.is_cpu and t.dtype == torch.float32 for t in (grad, x)) and mask.is_contiguous()
-    library = _loaded() if plain and mask.numel() >= FEWEST_WEIGHTS and x.shape[0] <= MOST_ROWS else None
+    return plain and multiplies(x.shape[0])
+
+
+def multiplies(rows: int) -> bool:
+    """Whether sums over so many rows are taken in C++."""
+    library = _loaded() if rows <= MOST_ROWS else None
     return library is not None and library.sfx_lanes() >= FEWEST_LANES
 
 
@@ -145,6 +150,11 @@ def _loaded() -> ctypes.CDLL | None:
         return load()
     except CompilerUnavailable:
         return None
+
+
+def compiles() -> bool:
+    """Whether the C++ library is there."""
+    return _loaded() is not None
 
 
 def _bump(x: Tensor) -> None:

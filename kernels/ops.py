@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsefx.kernels.runtime import Runtime
+from sparsefx.kernels.reference import DENSE
+from sparsefx.kernels.runtime import Backend, Runtime
 from sparsefx.kernels.spec import ConvSpec, Prologue, channels, is_channels_last
 
 # What an operator runs changes with the mask and the window, so that Inductor must not freeze it in a CUDA graph.
@@ -46,14 +47,20 @@ def conv(
     if torch.compiler.is_compiling():
         out = torch.ops.sparsefx.conv(x, weight, bias, mask, handle, *spec)
         return out if residual is None else out.add_(residual)
-    return _Eager.apply(x, weight, bias, mask, handle, spec, prologue, centred, residual)
+    return _Eager.apply(x, weight, bias, mask, handle, spec, prologue, centred, residual, None)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int) -> Tensor:
-    """Linear layer with a masked weight `[O, I]`: `[..., I]` to `[..., O]`."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int, only: Backend | None = None
+) -> Tensor:
+    """Linear layer with a masked weight `[O, I]`: `[..., I]` to `[..., O]`.
+
+    Args:
+        only: The backend of every pass, whatever the layer's choice. Not in a compiled graph.
+    """
     if torch.compiler.is_compiling():
         return torch.ops.sparsefx.linear(x, weight, bias, mask, handle)
-    return _Eager.apply(x, weight, bias, mask, handle, None, None, False, None)
+    return _Eager.apply(x, weight, bias, mask, handle, None, None, False, None, only)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, handle: int) -> Tensor:
@@ -74,11 +81,13 @@ class _Eager(torch.autograd.Function):
         prologue: Prologue | None,
         centred: bool,
         residual: Tensor | None,
+        only: Backend | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
+        ctx.only = only
         ctx.runtime, ctx.spec, ctx.prologue, ctx.centred = Runtime.of(handle), spec, prologue, centred
         ctx.added = None if residual is None else residual.dtype
-        out = ctx.runtime.fprop(spec, x, weight, bias, mask, prologue, residual)
+        out = ctx.runtime.fprop(spec, x, weight, bias, mask, prologue, residual, only)
         ctx.carried, ctx.runtime.carried = ctx.runtime.carried, None
         return out
 
@@ -86,8 +95,9 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, mask = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        grads = ctx.runtime.backward(ctx.spec, grad, x, weight, mask, wanted, ctx.prologue, ctx.centred, ctx.carried)
-        return (*grads, *[None] * 5, None if ctx.added is None else grad.to(ctx.added))
+        more = ctx.prologue, ctx.centred, ctx.carried, ctx.only
+        grads = ctx.runtime.backward(ctx.spec, grad, x, weight, mask, wanted, *more)
+        return *grads, *[None] * 5, None if ctx.added is None else grad.to(ctx.added), None
 
 
 class _DenseLinear(torch.autograd.Function):
@@ -101,7 +111,7 @@ class _DenseLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, mask = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        grads = Runtime.of(ctx.handle).backward(None, grad, x, weight, mask, wanted, dense=True)
+        grads = Runtime.of(ctx.handle).backward(None, grad, x, weight, mask, wanted, only=DENSE)
         return *grads, None, None
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from sparsefx.kernels.blocked import CONVERTED_DENSE
+from sparsefx.kernels.cpu.linear import column_sums
 from sparsefx.kernels.cpu.norm import channel_sums
-from sparsefx.kernels.masking import any_nonzero, masked, masked_, masked_product
+from sparsefx.kernels.masking import any_nonzero, compiles, masked, masked_, masked_product
 from sparsefx.kernels.norm import prepared
 from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.spec import ConvSpec, Prologue, channels
@@ -79,8 +80,9 @@ class Runtime:
 
     Attributes:
         name: Name of the layer, for errors.
-        choose: `(pass, spec, x, grad, weight, mask) -> Backend`; None runs masked dense. Where it has an attribute `plan`,
-            that stands for the mask of the latest call, and `settled(pass, spec, shape, dtype)` is the backend, if chosen.
+        choose: `(pass, spec, x, grad, weight, mask) -> Backend`; None runs masked dense. Where it has an attribute
+            `plan`, that stands for the mask of the latest call, `settled(pass, spec, shape, dtype)` is the backend, if
+            chosen, and `sparse(x, mask)` the sparse kernels of a linear layer.
         full: Whether the mask missed no weight when `choose` last saw it.
         dense: Whether `choose` has found dense kernels the fastest for an output with the present mask.
         collecting: Whether the gradient of missing weights is collected (the window). Changed only between steps.
@@ -140,9 +142,12 @@ class Runtime:
         mask: Tensor,
         prologue: Prologue | None = None,
         residual: Tensor | None = None,
+        only: Backend | None = None,
     ) -> Tensor:
-        """Output of the layer, plus `residual` where one is given."""
-        backend: Any = self.choose("fprop", spec, x, None, weight, mask) if self.choose else dense_for(spec)
+        """Output of the layer, plus `residual` where one is given; of `only`, whatever `choose` says."""
+        backend: Any = only
+        if backend is None:
+            backend = self.choose("fprop", spec, x, None, weight, mask) if self.choose else dense_for(spec)
         if _fuses(backend) and (residual is None or residual.dtype == x.dtype):
             added = None if residual is None else residual.contiguous()
             out = backend.fprop(spec, x, weight, bias, prologue, added)
@@ -164,12 +169,12 @@ class Runtime:
         prologue: Prologue | None = None,
         centred: bool = False,
         carried: Carried | None = None,
-        dense: bool = False,
+        only: Backend | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias, each where `wanted`; the weight's is zero where the mask is False.
 
         Args:
-            dense: Run masked dense, whatever `choose` says.
+            only: The backend to run, whatever `choose` says; the gradient of missing weights is masked dense's.
         """
         for_bias = _bias_grad(grad, spec, centred) if wanted[2] else None
         masked_dense = dense_for(spec)
@@ -178,7 +183,7 @@ class Runtime:
             for_input = masked_dense.dgrad(spec, grad, x, weight) if wanted[0] else None
             for_weight = masked_dense.dense_wgrad(spec, grad, x, weight) if wanted[1] else None
             return for_input, for_weight, for_bias
-        choose = self.choose if self.choose and not dense else lambda *_: masked_dense
+        choose = self.choose if self.choose and only is None else lambda *_: masked_dense if only is None else only
         dgrad = choose("dgrad", spec, x, grad, weight, mask) if wanted[0] else None
         wgrad = (
             (masked_dense if self.collecting else choose("wgrad", spec, x, grad, weight, mask)) if wanted[1] else None
@@ -272,7 +277,11 @@ def _bias_grad(grad: Tensor, spec: ConvSpec | None, centred: bool = False) -> Te
     if spec is not None and centred:
         return grad.new_zeros(channels(grad, spec))
     if spec is None:
-        return grad.sum(0) if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1]).sum(0)
+        rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+        plain = rows.is_cpu and rows.dtype == torch.float32 and type(rows) is Tensor and rows.is_contiguous()
+        if not plain or torch.is_grad_enabled() or not compiles():
+            return rows.sum(0)
+        return column_sums(rows)
     if spec.images and grad.dim() == 4:
         return grad.flatten(1).sum(1)
     if spec.images and torch.is_grad_enabled():

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from sparsefx.errors import CheckpointError, LayerError, MaskError
 from sparsefx.kernels import ops
-from sparsefx.kernels.cpu.dense_wgrad import FEWEST_WEIGHTS
 from sparsefx.kernels.masking import masked_
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
 from sparsefx.shards import is_sharded, part, part_like, shared_like, whole
 
 MASK = "weight_mask"
+_FEWEST_WEIGHTS = 1 << 14
+"""Of fewer the gradient is masked in microseconds, by a hook of the weight."""
 
 
 class SparseLayer(nn.Module):
@@ -244,6 +245,18 @@ class SparseLinear(SparseLayer, nn.Linear):
             return self._run_dense(x, weight, bias)
         return ops.linear(x, weight, bias, mask, runtime.handle)
 
+    def run_sparse(self, input: Tensor, relu: bool = False) -> Tensor:
+        """`forward` with sparse kernels in every pass, where there are any for the input; then a ReLU."""
+        only, sparse = None, getattr(self._runtime.choose, "sparse", None)
+        if sparse is not None and not (torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)):
+            only = sparse(input, self.weight_mask)
+        if only is None:
+            out = self.forward(input)
+        else:
+            x, weight, bias = self._operands(input)
+            out = ops.linear(x, weight, bias, self.weight_mask, self._runtime.handle, only)
+        return F.relu(out) if relu else out
+
     def run_dense(self, input: Tensor) -> Tensor:
         """`forward` with dense kernels in every pass, for a weight with a hook that masks its gradient."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type):
@@ -252,7 +265,7 @@ class SparseLinear(SparseLayer, nn.Linear):
 
     def _run_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A large gradient is masked as it is written, a small one by the weight's hook, which costs less then."""
-        large = weight.numel() >= FEWEST_WEIGHTS and weight.requires_grad and torch.is_grad_enabled()
+        large = weight.numel() >= _FEWEST_WEIGHTS and weight.requires_grad and torch.is_grad_enabled()
         if large and x.is_cpu and not self._full and not self._runtime.full:
             return ops.dense_linear(x, weight, bias, self.weight_mask, self._runtime.handle)
         return F.linear(x, weight, bias)

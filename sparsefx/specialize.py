@@ -16,6 +16,7 @@ from sparsefx import choices
 from sparsefx.errors import BackendWarning
 from sparsefx.graph.regions import DENSE as DENSE_GRAPH
 from sparsefx.graph.regions import LAYERS
+from sparsefx.graph.regions import SPARSE as SPARSE_GRAPH
 from sparsefx.kernels.blocked import CONVERTED_DENSE, Converted
 from sparsefx.kernels.compaction import Compaction
 from sparsefx.kernels.cpu.build import CompilerUnavailable
@@ -23,7 +24,7 @@ from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.runtime import Backend, Runtime, dense_for
 from sparsefx.kernels.sparse_cpu import SparseCpu
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
-from sparsefx.layers import SparseLayer, owners
+from sparsefx.layers import SparseLayer, SparseLinear, owners
 from sparsefx.plan import Key, Plan, buckets
 
 PASSES: tuple[str, ...] = ("fprop", "dgrad", "wgrad")
@@ -111,6 +112,8 @@ class Specializer:
         """Backend of each pass as last called; dense where a pass has not run."""
         plan = self._plans.get(layer.handle)
         chosen = dict.fromkeys(PASSES, "dense")
+        if self.graph == SPARSE_GRAPH and isinstance(layer, SparseLinear) and not layer.full:
+            return dict.fromkeys(PASSES, "sparse")
         if plan is not None and self.graph != DENSE_GRAPH:
             chosen.update({key[0]: name for key, name in plan.choices.items()})
             chosen.update({kind: plan.choices[key] for kind, key in plan.running.items()})
@@ -355,6 +358,16 @@ class _Chooser:
         self, kind: str, spec: ConvSpec | None, x: Tensor, grad: Tensor | None, weight: Tensor, mask: Tensor
     ) -> Backend:
         return self.specializer.backend(self.runtime, kind, spec, x, grad, weight, mask)
+
+    def sparse(self, x: Tensor, mask: Tensor) -> Backend | None:
+        """The sparse kernels of a linear layer, where there are any."""
+        plan = self.specializer._plan(self.runtime, mask, None, look=mask.is_cpu)
+        if not SparseCpu.supports(None, x, mask):
+            return None
+        known = plan.backends.get(("sparse", None))
+        if known is None and self.specializer._builds(plan, None):
+            known = self.specializer._backend(plan, "sparse", None)
+        return known
 
     @property
     def plan(self) -> Plan | None:

@@ -35,6 +35,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_convert": (None, [_INT, _INT, _P, _P, _I64, _I64, _I64, _INT, _INT]),
     "sfx_norm": (None, [_INT, _INT, _P, _I64, _I64, _I64, _INT]),
     "sfx_channel_sums": (None, [_INT, _P, _I64, _I64, _I64, _P, _INT]),
+    "sfx_column_sums": (None, [_P, _I64, _I64, _P, _INT]),
     "sfx_add": (None, [_P, _P, _P, _I64, _INT]),
     "sfx_relu_backward": (None, [_P, _P, _P, _I64, _INT]),
     "sfx_masked_copy": (None, [_P, _P, _P, _I64, _INT]),

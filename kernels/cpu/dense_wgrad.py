@@ -10,9 +10,9 @@ from .abi import BLOCK, check, empty, load, pointer, require
 
 FEW_OUTPUTS = 16
 """A group with fewer leaves lanes, which are output channels, empty."""
-MOST_ROWS, FEWEST_WEIGHTS, FEWEST_LANES = 512, 1 << 14, 8
+MOST_ROWS, FEWEST_LANES = 512, 8
 """Beyond these the vendor's product of a linear layer and a pass that masks it are faster: sums over more rows, whose
-tiles leave the caches; weights that are masked in microseconds; and vectors of fewer lanes than the vendor's."""
+tiles leave the caches; and vectors of fewer lanes than the vendor's."""
 
 
 def outer_products_pay(weight: torch.Tensor, groups: int) -> bool:

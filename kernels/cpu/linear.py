@@ -2,10 +2,18 @@
 
 import torch
 
-from .abi import DTYPES, check, empty, pointer, require
+from .abi import DTYPES, check, empty, load, pointer, require
 from .plan import PASSES, LayerPlan
 
 FEW_ROWS = 4  # up to here a product of each row beats lanes over images, of which a block has 16
+
+
+def column_sums(x: torch.Tensor) -> torch.Tensor:
+    """Sums over the rows of `x` `[N, features]` fp32, `[features]`."""
+    require("x", x, dtype=torch.float32, dims=2)
+    sums = torch.empty(x.shape[1])
+    load().sfx_column_sums(pointer(x), *x.shape, pointer(sums), torch.get_num_threads())
+    return sums
 
 
 class LinearPlan(LayerPlan):

@@ -1,4 +1,4 @@
-"""Programs of layers on blocked activations: forward and backward passes as prepared library calls.
+"""Programs of layers: forward and backward passes as prepared library calls.
 
 A segment runs the same kernels on the same numbers as its layers one by one, without what Python and autograd do
 between them.
@@ -16,8 +16,9 @@ from .abi import BLOCK, SfxPrologue
 from .calls import Buffer, Calls, Structure
 from .conv import ConvPlan
 from .dense_wgrad import uses_amx
+from .linear import FEW_ROWS, LinearPlan
 from .norm import SfxNorm
-from .plan import PASSES
+from .plan import PASSES, LayerPlan
 from .pool import Pool
 
 FP32 = 0
@@ -46,7 +47,7 @@ class Parameter:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """Activations `[B, C, H, W, 16]` between the layers of a segment.
+    """Activations between the layers of a segment: `[B, C, H, W, 16]`, or `[N, features]` of linear layers.
 
     Attributes:
         wants: Whether a gradient with respect to them is needed.
@@ -84,8 +85,8 @@ class Gradient:
     dense: Buffer | None = None
 
 
-def blocked(shape: Sequence[int]) -> Buffer:
-    """Memory for activations of a shape."""
+def floats(shape: Sequence[int]) -> Buffer:
+    """Memory for an fp32 tensor of a shape."""
     return Buffer(_FLOAT * torch.Size(shape).numel())
 
 
@@ -108,7 +109,7 @@ class Segment:
         self.outputs: list[Value] = []
         self._backward: dict[frozenset[Parameter], Backward] = {}
         self._tape: list[Callable[[Backward], None]] = []
-        self._plans: list[ConvPlan] = []  # whose lists the calls walk
+        self._plans: list[LayerPlan] = []  # whose lists the calls walk
 
     def input(self, shape: Sequence[int], *, wants: bool) -> Value:
         """Activations that come from outside."""
@@ -141,7 +142,7 @@ class Segment:
         wants = self.grad and (
             x.wants or weight.wants or (bias is not None and bias.wants) or (residual is not None and residual.wants)
         )
-        y, values = Value(blocked(shape), shape, wants), Buffer(_FLOAT * plan.nnz)
+        y, values = Value(floats(shape), shape, wants), Buffer(_FLOAT * plan.nnz)
         added = None if bias is None else bias.buffer, None if residual is None else residual.buffer
         self.forward.add("sfx_layer_collect", plan.handle, FP32, weight.last, weight.buffer, values)
         at, into = (self.images, h, w), (relu, y.buffer)
@@ -154,9 +155,7 @@ class Segment:
             if grad is None:
                 return
             if relu:
-                passed = blocked(y.shape)
-                b.calls.add("sfx_relu_backward", grad, y.buffer, passed, y.elements)
-                grad = passed
+                grad = b.behind_relu(y, grad)
             if bias is not None and bias.wants:
                 out = None if centred else b.result(bias)
                 if out is not None:
@@ -164,7 +163,7 @@ class Segment:
                     b.calls.add("sfx_channel_sums", FP32, grad, self.images, shape[1], area, out)
                 b.gradients[bias] = Gradient(out)
             if x.wants:
-                for_x = blocked(x.shape)
+                for_x = floats(x.shape)
                 nothing = None, None, False  # to add, or to clamp
                 b.calls.add(
                     "sfx_conv_gather", plan.handle, PASSES["dgrad"], FP32, grad, *at, None, values, *nothing, for_x
@@ -191,7 +190,7 @@ class Segment:
         read = x.buffer
         if x.prologue is not None:
             mean, scale, shift, relu = x.prologue
-            read = blocked(x.shape)
+            read = floats(x.shape)
             prepares = Structure(SfxNorm, x=x.buffer, y=read, mean=mean, rstd=scale, bias=shift, relu=relu)
             b.calls.add("sfx_norm", 0, FP32, prepares, self.images, x.shape[1], h * w)
         keeps = weight in b.dense
@@ -202,6 +201,47 @@ class Segment:
         )  # fmt: skip
         b.calls.add("sfx_masked_copy", whole, mask.buffer, out, weight.shape.numel())
         return Gradient(out, whole if keeps else None)
+
+    def linear(
+        self, plan: LinearPlan, x: Value, weight: Parameter, mask: Parameter, bias: Parameter | None, *, relu: bool
+    ) -> Value:
+        """A linear layer, then a ReLU."""
+        self._plans.append(plan)
+        (rows, features), outs = x.shape, plan.mask_shape[0]
+        wants = self.grad and (x.wants or weight.wants or (bias is not None and bias.wants))
+        y, values = Value(floats((rows, outs)), (rows, outs), wants), Buffer(_FLOAT * plan.nnz)
+        given = None if bias is None else bias.buffer
+        arguments = FP32, x.buffer, rows, weight.buffer, values, given, relu, y.buffer
+        if rows <= FEW_ROWS:
+            self.forward.add("sfx_linear_rows", plan.handle, *arguments)
+        else:
+            self.forward.add("sfx_linear_gather", plan.handle, PASSES["fprop"], *arguments)
+
+        def backward(b: Backward) -> None:
+            grad = b.total(y)
+            if grad is None:
+                return
+            if relu:
+                grad = b.behind_relu(y, grad)
+            if bias is not None and bias.wants:
+                sums = b.result(bias)
+                b.calls.add("sfx_column_sums", grad, rows, outs, sums)
+                b.gradients[bias] = Gradient(sums)
+            if x.wants:
+                for_x, gathers = floats(x.shape), (plan.handle, PASSES["dgrad"], FP32)
+                b.calls.add("sfx_linear_gather", *gathers, grad, rows, None, values, None, False, for_x)
+                b.contribute(x, for_x)
+            if not weight.wants:
+                return
+            out, whole = b.result(weight), b.result(weight) if weight in b.dense else None
+            if whole is None:
+                b.calls.add("sfx_linear_wgrad", plan.handle, FP32, grad, x.buffer, rows, FP32, out)
+            else:
+                b.calls.add("sfx_linear_dense_wgrad", grad, x.buffer, rows, outs, features, mask.buffer, out, whole)
+            b.gradients[weight] = Gradient(out, whole)
+
+        self._tape.append(backward)
+        return y
 
     def norm(
         self,
@@ -232,7 +272,7 @@ class Segment:
         learned = [p for p in (weight, bias) if p is not None and p.wants]
         wants = self.grad and (x.wants or bool(learned) or (residual is not None and residual.wants))
         if write:
-            y = Value(blocked(x.shape), x.shape, wants)
+            y = Value(floats(x.shape), x.shape, wants)
         else:
             y = Value(x.buffer, x.shape, wants, (mean, scale, shift, relu))
         given = {"x": x.buffer, "weight": affine[0], "bias": affine[1], "mean": mean, "rstd": rstd}
@@ -252,8 +292,8 @@ class Segment:
                 if skip is not None:
                     b.contribute(x, skip)
                 return
-            dx = blocked(x.shape)
-            added = blocked(x.shape) if residual is not None else None
+            dx = floats(x.shape)
+            added = floats(x.shape) if residual is not None else None
             outs = [b.result(p) if p is not None and p.wants else Buffer(_FLOAT * channels) for p in (weight, bias)]
             kept = y.buffer if relu and residual is not None else None
             back = {"grad": grad, "grad2": other, "skip": skip, "y": kept, "dx": dx, "dresidual": added}
@@ -272,7 +312,7 @@ class Segment:
     def max_pool(self, x: Value, pool: Pool) -> Value:
         """A max pooling."""
         shape = (*x.shape[:2], *pool.out, BLOCK)
-        y, taps = Value(blocked(shape), shape, x.wants), Buffer(torch.Size(shape).numel())
+        y, taps = Value(floats(shape), shape, x.wants), Buffer(torch.Size(shape).numel())
         images = self.images if x.prologue is not None else self.blocks * BLOCK
         self.forward.add(
             "sfx_max_pool", 0, FP32, pool.argument(), x.argument(), images, x.shape[1], x.buffer, y.buffer, taps
@@ -282,7 +322,7 @@ class Segment:
             grad = b.total(y)
             if grad is None or not x.wants:
                 return
-            dx = blocked(x.shape)
+            dx = floats(x.shape)
             b.calls.add(
                 "sfx_max_pool", 1, FP32, pool.argument(), None, self.blocks * BLOCK, x.shape[1], grad, dx, taps
             )  # fmt: skip
@@ -348,10 +388,16 @@ class Backward:
             return
         present = self._totals.get(value)
         if present is not None:
-            total = blocked(value.shape)
+            total = floats(value.shape)
             self.calls.add("sfx_add", present, grad, total, value.elements)
             grad = total
         self._totals[value] = grad
+
+    def behind_relu(self, y: Value, grad: Buffer) -> Buffer:
+        """The gradient of what a ReLU that gave `y` was given."""
+        passed = floats(y.shape)
+        self.calls.add("sfx_relu_backward", grad, y.buffer, passed, y.elements)
+        return passed
 
     def result(self, parameter: Parameter) -> Buffer:
         """Memory for a parameter's gradient, given at each run."""

@@ -84,14 +84,14 @@ def _fork(model: nn.Module, graph: fx.Graph, node: fx.Node, order: dict[fx.Node,
 def _fuse(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     last: Any = node
     residual: Any = None
-    added = _only_user(node)
+    added = only_user(node)
     if added is not None and added.target in _ADDS and len(added.args) == 2:
         others = [a for a in added.args if a is not node]
         # Dynamo takes no operator that reads one tensor twice: a norm's input is not its residual.
         if len(others) == 1 and isinstance(others[0], fx.Node) and others[0] not in node.args:
             last, residual = added, others[0]
-    relu = _only_user(last)
-    clamps = relu is not None and _is_relu(model, relu)
+    relu = only_user(last)
+    clamps = relu is not None and is_relu(model, relu)
     if clamps and relu is not None:
         last = relu
     if last is node:
@@ -109,11 +109,13 @@ def _fuse(model: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node that reads another's value, if one alone does."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _is_relu(model: nn.Module, node: fx.Node) -> bool:
+def is_relu(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is a ReLU of its first argument."""
     if node.op == "call_module":
         return type(model.get_submodule(str(node.target))) is nn.ReLU
     return node.target in _RELUS

@@ -1,4 +1,4 @@
-"""Run a graph as it is fastest: layer by layer, in regions, or dense; each is checked against the graph, then timed."""
+"""Run a graph as it is fastest: layer by layer, in regions, dense, sparse; each is checked against it, then timed."""
 
 import math
 import warnings
@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from sparsefx.errors import TraceWarning
+from sparsefx.graph.chains import chains
 from sparsefx.graph.dense import dense
 from sparsefx.graph.fuse import fuse
 from sparsefx.graph.layout import DTYPES, assign, record
@@ -25,7 +26,7 @@ from sparsefx.layers import SparseLayer
 Choose = Callable[[tuple, dict[str, Callable[[], Any]]], str]
 """`(key, calls) -> name` of the call to prefer, by measurement or from a table; asked again when its attribute
 `generation` changes, as after a table was loaded. Its attribute `running` is told what each call runs."""
-LAYERS, REGIONS, DENSE = "layers", "regions", "dense"
+LAYERS, REGIONS, DENSE, SPARSE = "layers", "regions", "dense", "sparse"
 """Names of the graphs to choose from."""
 _TOLERANCE = 1e-2
 """Relative norm of the difference between both graphs' outputs: kernels round differently, and a wrong graph is far."""
@@ -43,7 +44,7 @@ class Variant:
 
     Args:
         graph: The new graph.
-        model: Whose layers are joined to segments, where the graph has regions.
+        model: Whose layers are joined to segments, where there may be any.
         absorbed: What each of these modules must stay like.
         unmasked: Sparse layers whose weight gradient only the weight's hook masks.
     """
@@ -169,8 +170,10 @@ class Chooser:
         )
         if kind not in self._built:
             built = [Variant(DENSE, *dense(self.model, self.old))]
-            regions = restored(partial(self._regions, inputs))[0]
-            self._built[kind] = {variant.name: variant for variant in (*regions, *built)}
+            built += restored(partial(self._regions, inputs))[0]
+            if (sparse := chains(self.model, self.old)) is not None:
+                built.append(Variant(SPARSE, *sparse, model=self.model))
+            self._built[kind] = {variant.name: variant for variant in built}
         return self._built[kind]
 
     def _regions(self, inputs: tuple[Tensor, ...]) -> list[Variant]:

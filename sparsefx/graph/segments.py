@@ -14,20 +14,22 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from sparsefx import blocked
+from sparsefx.graph.chains import run_sparse
 from sparsefx.graph.trace import function
 from sparsefx.kernels.blocked import CONVERTED_DENSE
 from sparsefx.kernels.cpu import ConvPlan
 from sparsefx.kernels.cpu.abi import load
 from sparsefx.kernels.cpu.dense_wgrad import outer_products_pay
 from sparsefx.kernels.cpu.segment import Parameter, Segment, Value
+from sparsefx.kernels.masking import multiplies
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.segment import Step
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
-from sparsefx.layers import SparseConv2d
+from sparsefx.layers import MASK, SparseConv2d, SparseLayer, SparseLinear
 
 Node = Any
 """An `fx.Node`, whose arguments are typed too widely to follow."""
-_KINDS = {blocked.conv, blocked.batch_norm, blocked.prepare, blocked.max_pool}
+_KINDS = {blocked.conv, blocked.batch_norm, blocked.prepare, blocked.max_pool, run_sparse}
 _FEWEST = 2
 """Layers of a program."""
 _MOST_PROGRAMS = 16
@@ -35,10 +37,10 @@ _MOST_PROGRAMS = 16
 
 
 def segmented(model: nn.Module, graph: fx.Graph) -> fx.Graph | None:
-    """A region's graph with runs of layers as one call each; None where there are none.
+    """A graph with runs of layers as one call each; None where there are none.
 
     Args:
-        graph: Of `layout` and `fuse`; it is not changed.
+        graph: Of `layout` and `fuse`, or of `chains`; it is not changed.
     """
     new = fx.Graph(tracer_cls=graph._tracer_cls)
     made: dict[Node, Node] = {}
@@ -170,7 +172,7 @@ def _layer(model: nn.Module, node: Node) -> Any:
 
 def _plan(layer: nn.Module) -> Any:
     """What a layer's kernels were chosen for; None where it has no mask."""
-    return getattr(layer.runtime.choose, "plan", None) if isinstance(layer, SparseConv2d) else None
+    return getattr(layer.runtime.choose, "plan", None) if isinstance(layer, SparseLayer) else None
 
 
 class Piece:
@@ -184,7 +186,7 @@ class Piece:
         self.tensors = [i for i, node in enumerate(self.inputs) if node in read]
         self.images = [i for i, node in enumerate(self.inputs) if node not in read]
         layers = [_layer(model, node) for node in nodes if node.target in _KINDS]
-        self.convs = [layer for layer in layers if isinstance(layer, SparseConv2d)]
+        self.masked = [layer for layer in layers if isinstance(layer, SparseLayer)]
         self.norms = [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)]
         self.joins = len(layers) >= _FEWEST
         self._programs: dict[tuple, Program] = {}
@@ -207,7 +209,7 @@ class Piece:
             return None
         grad = torch.is_grad_enabled()
         state = (
-            *(_conv_state(layer, grad) for layer in self.convs),
+            *(_masked_state(layer, grad) for layer in self.masked),
             *(_norm_state(layer, grad) for layer in self.norms),
         )
         if None in state:
@@ -220,7 +222,8 @@ class Piece:
         if len(self._programs) >= _MOST_PROGRAMS:
             self._programs.clear()
         try:
-            made = self._programs[key] = Program(self, tensors, {given[i] for i in self.images}, state, grad)
+            images = {given[i] for i in self.images} or {tensors[0].shape[0]}
+            made = self._programs[key] = Program(self, tensors, images, state, grad)
         except Unsettled as reason:
             others += [] if reason.layer is None else [reason.layer]
             return None
@@ -251,7 +254,7 @@ class Program:
         self.segment = Segment(load(), images.pop(), grad=grad)
         self._parameters: list[tuple[Parameter, nn.Module, str]] = []
         self._weights: dict[Parameter, Runtime] = {}
-        self._plans: list[tuple[SparseConv2d, Any]] = []
+        self._plans: list[tuple[SparseLayer, Any]] = []
         self._windows: list[Runtime] = []  # whose sparse weight gradient has not been chosen
         self._tracked: list[nn.BatchNorm2d] = []
         values: dict[Node, Any] = {}
@@ -303,7 +306,11 @@ class Program:
     def _add(self, node: Node, values: dict[Node, Any]) -> Any:
         if node.target is operator.getitem:
             return values[node.args[0]][node.args[1]]
-        x = values[node.args[1]]
+        x: Value = values[node.args[1]]
+        if len(x.shape) != (2 if node.target is run_sparse else 5):
+            raise Unsettled(node)
+        if node.target is run_sparse:
+            return self._linear(node, x)
         if node.target is blocked.max_pool:
             return self._max_pool(node, x)
         residual = node.kwargs.get("residual")
@@ -312,11 +319,9 @@ class Program:
 
     def _conv(self, node: Node, x: Value, residual: Value | None) -> Value:
         layer: SparseConv2d = _layer(self.piece.model, node)
-        choose, known = layer.runtime.choose, _plan(layer)
+        choose, known = layer.runtime.choose, self._known(layer)
         if self.segment.grad and layer.weight.requires_grad and not outer_products_pay(layer.weight, layer.groups):
             raise Unsettled(node)  # its gradient of all weights, which the window needs, is the vendor's
-        if known is None or known.stale(layer.weight_mask):
-            raise Unsettled
         padding = layer._reversed_padding_repeated_twice[::-2]
         spec = ConvSpec(
             list(layer.stride), list(padding), list(layer.dilation), False, [0, 0], layer.groups, self.segment.images
@@ -341,7 +346,7 @@ class Program:
                 raise Unsettled(node)
         self._plans.append((layer, known))
         self._weights[weight] = layer.runtime
-        mask, bias = self._parameter(layer, "weight_mask"), self._parameter(layer, "bias")
+        mask, bias = self._parameter(layer, MASK), self._parameter(layer, "bias")
         relu, centred = (bool(node.kwargs.get(name)) for name in ("relu", "centred"))
         return self.segment.conv(plans[0], x, weight, mask, bias, residual, relu=relu, centred=centred, dense=dense)
 
@@ -372,6 +377,27 @@ class Program:
         )
         return out if forks else out[0]
 
+    def _linear(self, node: Node, x: Value) -> Value:
+        layer: SparseLinear = _layer(self.piece.model, node)
+        known = self._known(layer)
+        backend = known.backends.get(("sparse", None))
+        if backend is None:
+            raise Unsettled
+        weight, mask, bias = (self._parameter(layer, name) for name in ("weight", MASK, "bias"))
+        if self.segment.grad and weight.wants:
+            self._weights[weight] = layer.runtime
+            if not multiplies(x.shape[0]):
+                raise Unsettled(node)
+        self._plans.append((layer, known))
+        return self.segment.linear(backend.linear, x, weight, mask, bias, relu=bool(node.kwargs.get("relu")))
+
+    def _known(self, layer: SparseLayer) -> Any:
+        """The plan of a layer's mask."""
+        plan = _plan(layer)
+        if plan is None or plan.stale(layer.weight_mask):
+            raise Unsettled
+        return plan
+
     def _max_pool(self, node: Node, x: Value) -> Value:
         pool = blocked.pooling(_layer(self.piece.model, node), x.shape)
         if pool is None:
@@ -393,7 +419,7 @@ def _tensor(layer: nn.Module, name: str) -> Any:
     return layer._buffers.get(name) if found is None else found
 
 
-def _conv_state(layer: SparseConv2d, grad: bool) -> tuple | None:
+def _masked_state(layer: SparseLayer, grad: bool) -> tuple | None:
     """What a program depends on of a layer beside its mask; None where its tensors are none for the kernels."""
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     if layer.__dict__["_bound"]() is not weight or weight is None or not _fits(weight):
@@ -421,7 +447,7 @@ def _fits(tensor: Tensor) -> bool:
 
 def _plain(x: Any) -> bool:
     """Whether a segment takes an activation."""
-    return type(x) is Tensor and x.dim() == 5 and x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
+    return type(x) is Tensor and x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and x.numel() > 0
 
 
 def _observed() -> bool:

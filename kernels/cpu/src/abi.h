@@ -94,6 +94,8 @@ void sfx_mask_pack(const uint8_t* mask, uint64_t* bits, int64_t n, int threads);
 int sfx_mask_same(const uint8_t* mask, const uint64_t* bits, int64_t n, int threads);
 // out = a + b.
 void sfx_add(const float* a, const float* b, float* out, int64_t n, int threads);
+// sums[c]: of column c of x [rows, columns].
+void sfx_column_sums(const float* x, int64_t rows, int64_t columns, float* sums, int threads);
 // out = grad where y > 0, zero elsewhere.
 void sfx_relu_backward(const float* grad, const float* y, float* out, int64_t n, int threads);
 // sums: <a, b> and <b, b>.

@@ -1,5 +1,6 @@
 // One pass over memory for what sparse training does to dense weights, gradients and moments, and to gradients of
 // activations.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <vector>
@@ -100,10 +101,28 @@ void sfx_add(const float* a, const float* b, float* out, int64_t n, int threads)
   });
 }
 
+void sfx_column_sums(const float* x, int64_t rows, int64_t columns, float* sums, int threads) {
+  constexpr int64_t TOGETHER = 64, LARGE = 1 << 16;
+  const int64_t groups = (columns + TOGETHER - 1) / TOGETHER;
+#pragma omp parallel for num_threads(sfx::team(threads)) if (threads > 1 && rows * columns >= LARGE) schedule(static)
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = g * TOGETHER, n = std::min(TOGETHER, columns - first);
+    double total[TOGETHER] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = x + r * columns + first;
+#pragma omp simd
+      for (int64_t c = 0; c < n; ++c) total[c] += row[c];
+    }
+    for (int64_t c = 0; c < n; ++c) sums[first + c] = float(total[c]);
+  }
+}
+
 void sfx_relu_backward(const float* grad, const float* y, float* out, int64_t n, int threads) {
   in_chunks(n, sfx::team(threads), [&](int64_t, int64_t start, int64_t count) {
-#pragma omp simd
-    for (int64_t i = start; i < start + count; ++i) out[i] = y[i] <= 0 ? 0.0f : grad[i];
+    int64_t i = start;
+    for (const int64_t last = start + count - count % sfx::LANES; i < last; i += sfx::LANES)
+      sfx::store(out + i, sfx::load(y + i) <= 0.0f ? sfx::vf{} : sfx::load(grad + i));
+    for (; i < start + count; ++i) out[i] = y[i] <= 0.0f ? 0.0f : grad[i];
   });
 }
 
