@@ -99,11 +99,11 @@ class Chooser:
             self._generation = getattr(self.choose, "generation", 0)
             self._choices.clear()
         variant = self._chosen(key, inputs)
+        self.compiled = variant
         if variant is not None and not variant.holds():  # as when a layer alone was put into eval mode
             variant = self._chosen((*key, tuple(module.training for module in self.model.modules())), inputs)
-        self.compiled = variant
-        if variant is not None and not variant.holds():
-            variant = None
+            self.compiled = variant
+            variant = variant if variant is not None and variant.holds() else None
         self.choose.running = LAYERS if variant is None else variant.name  # pyright: ignore[reportFunctionMemberAccess]
         return (self.plain if variant is None else variant.eager)(self.model, *inputs)
 

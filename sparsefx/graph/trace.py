@@ -71,7 +71,7 @@ class Container:
             module.__class__ is self.kind
             and state["training"] is self.training
             and state["_modules"] == self.children
-            and (not self.inlined or not any(state.get(name) for name in _CALLED_FOR))
+            and (not self.inlined or _called_for(state) is None)
             and (not self.attributes or all(_read(module, name) == value for name, value in self.attributes))
         )
 
@@ -273,9 +273,17 @@ class Tracer(fx.Tracer):
                     setattr(owner, name, value)
 
 
+def _called_for(state: dict[str, Any]) -> str | None:
+    """The entry of a `__dict__` for which a module must be called; a loop, for this runs at every call of a model."""
+    for name in _CALLED_FOR:
+        if state.get(name):
+            return name
+    return None
+
+
 def why_called(module: nn.Module) -> str:
     """Why a module must be called rather than inlined, as it is now; empty if it may be inlined."""
-    found = next((name for name in _CALLED_FOR if module.__dict__.get(name)), None)
+    found = _called_for(module.__dict__)
     if found is not None:
         return f"has {found.strip('_').replace('_', ' ')} of its own"
     if type(module).__module__.startswith("torch.distributed"):

@@ -10,6 +10,7 @@ from torch import nn
 
 import sparsefx
 from sparsefx.graph import segments
+from sparsefx.specialize import Specializer
 from tests.graph.region_nets import NETS, Net, in_regions, pair, relative
 
 __all__ = ["in_regions"]
@@ -360,3 +361,82 @@ def test_a_program_keeps_no_more_than_the_layers_do(ran, one_by_one):
         held.append(sum(saved.values()))
     assert held[0] <= held[1] * 1.05
     assert ran
+
+
+class Chain(nn.Module):
+    """Linear layers with ReLUs of several kinds, one of them read twice."""
+
+    def __init__(self, features: int = 20) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(features, 24), nn.Linear(24, 17, bias=False)
+        self.three, self.head, self.act = nn.Linear(17, 17), nn.Linear(17, 5), nn.ReLU()
+
+    def forward(self, x):
+        y = self.act(self.two(F.relu(self.one(x))))
+        return self.head(torch.relu(self.three(y)) + y)
+
+
+@pytest.fixture
+def chained(monkeypatch):
+    """The sparse graph wherever there is one."""
+    monkeypatch.setattr(
+        Specializer, "choose_graph", lambda self, key, calls: "sparse" if "sparse" in calls else "layers"
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 37])
+def test_a_chain_of_linear_layers_gives_the_same_bits(ran, one_by_one, chained, rows):
+    x, found = torch.randn(rows, 20), []
+    for on in (False, True):
+        one_by_one(on)
+        torch.manual_seed(0)
+        model = sparsefx.sparsify(Chain(), 0.3, example_inputs=x)
+        steps = []
+        for _ in range(3):
+            model.zero_grad()
+            given = x.clone().requires_grad_()
+            out = model(given)
+            out.square().sum().backward()
+            steps += [out.detach(), given.grad, *(p.grad.clone() for p in model.parameters())]
+        with torch.no_grad():
+            steps.append(model(x))
+        found.append(steps)
+        assert bool(ran) is not on
+        ran.clear()
+    assert_same(*found)
+    twin = Chain()
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if not k.endswith("_mask")})
+    assert relative(found[1][-1], twin.double()(x.double())) < 1e-5
+    assert model.scheduler.specializer.graph == "sparse"
+    assert str(sparsefx.summary(model)).count("sparse/sparse/sparse") == 4
+
+
+def test_a_chain_trains_through_windows_as_layer_by_layer(ran, one_by_one, chained):
+    found = []
+    for on in (False, True):
+        one_by_one(on)
+        torch.manual_seed(0)
+        model = sparsefx.sparsify(
+            Chain(), 0.3, example_inputs=torch.randn(8, 20), scheduler=sparsefx.SparseMomentum(dense_grad_window=2)
+        )
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        model.scheduler.attach(optimizer, steps_per_update=4, total_steps=100)
+        for _ in range(14):
+            for part in torch.randn(16, 20).split(8):
+                model(part).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([*model.parameters(), *sparsefx.masks(model).values()])
+        assert len(model.scheduler.history) == 3
+    assert_same(*found)
+    assert ran
+
+
+def test_inputs_that_a_chain_does_not_take(chained):
+    model = sparsefx.sparsify(Chain(), 0.3, example_inputs=torch.randn(8, 20)).eval()
+    x = torch.randn(2, 3, 20)
+    assert torch.allclose(model(x), model(x.flatten(0, 1)).view(2, 3, 5), atol=1e-6)
+    half = torch.randn(8, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(half).dtype == torch.bfloat16
+    assert model.double()(half.double()).dtype == torch.float64
