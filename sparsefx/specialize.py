@@ -112,12 +112,16 @@ class Specializer:
         """Backend of each pass as last called; dense where a pass has not run."""
         plan = self._plans.get(layer.handle)
         chosen = dict.fromkeys(PASSES, "dense")
-        if self.graph == SPARSE_GRAPH and isinstance(layer, SparseLinear) and not layer.full:
+        if self._runs_sparse(layer):
             return dict.fromkeys(PASSES, "sparse")
         if plan is not None and self.graph != DENSE_GRAPH:
             chosen.update({key[0]: name for key, name in plan.choices.items()})
             chosen.update({kind: plan.choices[key] for kind, key in plan.running.items()})
         return chosen
+
+    def _runs_sparse(self, layer: SparseLayer) -> bool:
+        """Whether the graph that runs has sparse kernels in every pass of a layer."""
+        return self.graph == SPARSE_GRAPH and isinstance(layer, SparseLinear) and not layer.full
 
     def calls(self, layer: SparseLayer, backend: str) -> list[tuple[str, torch.Size, ConvSpec | None]]:
         """Pass, shape of the input and geometry of the calls that run on a backend."""
@@ -130,6 +134,8 @@ class Specializer:
         for layer in layers:
             latest = self._plans[layer.handle].running if layer.handle in self._plans else {}
             plan = self.plan(layer)
+            if self._runs_sparse(layer):
+                continue
             start = time.perf_counter()
             for kind, key in latest.items():
                 spec = self._calls[layer.handle][key]

@@ -21,7 +21,7 @@ from sparsefx.kernels.cpu import ConvPlan
 from sparsefx.kernels.cpu.abi import load
 from sparsefx.kernels.cpu.dense_wgrad import outer_products_pay
 from sparsefx.kernels.cpu.segment import Parameter, Segment, Value
-from sparsefx.kernels.masking import multiplies
+from sparsefx.kernels.masking import compiles, multiplies
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.segment import Step
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
@@ -32,8 +32,8 @@ Node = Any
 _KINDS = {blocked.conv, blocked.batch_norm, blocked.prepare, blocked.max_pool, run_sparse}
 _FEWEST = 2
 """Layers of a program."""
-_MOST_PROGRAMS = 16
-"""Of one piece: ever new sizes of inputs would keep ever more."""
+_MOST_KINDS = 16
+"""Kinds of calls that are kept: ever new sizes of inputs would keep ever more."""
 
 
 def segmented(model: nn.Module, graph: fx.Graph) -> fx.Graph | None:
@@ -141,29 +141,44 @@ def _activations(node: Node) -> list[Node]:
 
 
 class Group:
-    """A run of layers, in pieces that are programs or run one by one."""
+    """A run of layers."""
 
     def __init__(self, model: nn.Module, run: Sequence[Node], inputs: list[Node], outputs: list[Node]) -> None:
         self.model, self.run, self.inputs, self.outputs = model, list(run), inputs, outputs
-        self._alone: dict[Node, Any] = {}  # with the plans that made them so
-        self._cut()
-
-    def _cut(self) -> None:
-        self._pieces = [Piece(self.model, nodes) for nodes in _pieces(self.run, self._alone)]
+        self._cuts: dict[tuple, Cut] = {}
 
     def __call__(self, given: Sequence[Any]) -> Sequence[Any]:
-        if any(_plan(_layer(self.model, node)) is not plan for node, plan in self._alone.items()):
-            self._alone.clear()
-            self._cut()
+        key = (torch.is_grad_enabled(), *(x.shape if isinstance(x, Tensor) else None for x in given))
+        cut = self._cuts.get(key)
+        if cut is None or not cut.holds():
+            if len(self._cuts) >= _MOST_KINDS:
+                self._cuts.clear()
+            cut = self._cuts[key] = Cut(self.model, self.run, {})
         values = dict(zip(self.inputs, given, strict=True))
         others: list[Node] = []
-        for piece in self._pieces:
+        for piece in cut.pieces:
             found = piece([values[node] for node in piece.inputs], others)
             values.update(zip(piece.outputs, found, strict=True))
         if others:
-            self._alone.update((node, _plan(_layer(self.model, node))) for node in others)
-            self._cut()
+            alone = {node: _plan(_layer(self.model, node)) for node in others}
+            self._cuts[key] = Cut(self.model, self.run, cut.alone | alone)
         return [values[node] for node in self.outputs]
+
+
+class Cut:
+    """A run in pieces that are programs, for one kind of call.
+
+    Args:
+        alone: Layers that no program can run, with the plans that make them so.
+    """
+
+    def __init__(self, model: nn.Module, run: Sequence[Node], alone: dict[Node, Any]) -> None:
+        self.model, self.alone = model, alone
+        self.pieces = [Piece(model, nodes) for nodes in _pieces(run, alone)]
+
+    def holds(self) -> bool:
+        """Whether none of the layers has a new plan, with which a program may run it."""
+        return all(_plan(_layer(self.model, node)) is plan for node, plan in self.alone.items())
 
 
 def _layer(model: nn.Module, node: Node) -> Any:
@@ -205,7 +220,7 @@ class Piece:
     def _program(self, given: Sequence[Any], others: list[Node]) -> "Program | None":
         """What computes a call, if something does."""
         tensors = [given[i] for i in self.tensors]
-        if _observed() or not all(_plain(t) for t in tensors):
+        if _observed() or not compiles() or not all(_plain(t) for t in tensors):
             return None
         grad = torch.is_grad_enabled()
         state = (
@@ -219,7 +234,7 @@ class Piece:
         if program is not None and program.state == state and program.holds():
             return program
         self._programs.pop(key, None)
-        if len(self._programs) >= _MOST_PROGRAMS:
+        if len(self._programs) >= _MOST_KINDS:
             self._programs.clear()
         try:
             images = {given[i] for i in self.images} or {tensors[0].shape[0]}

@@ -440,3 +440,18 @@ def test_inputs_that_a_chain_does_not_take(chained):
     with torch.autocast("cpu", torch.bfloat16):
         assert model(half).dtype == torch.bfloat16
     assert model.double()(half.double()).dtype == torch.float64
+
+
+def test_what_one_size_of_inputs_runs_dense_does_not_cut_another(ran, monkeypatch):
+    def choose(self, plan, key, spec, weight, call):
+        return "dense" if key[1][0] > 2 and plan is self._plans[model.body.conv2.handle] else "sparse"
+
+    model = sparsefx.sparsify(net(), 0.4)
+    monkeypatch.setattr(type(model.scheduler.specializer), "_choose", choose)
+    programs = []
+    for x in (X, X, X, X.repeat(2, 1, 1, 1), X.repeat(2, 1, 1, 1), X.repeat(2, 1, 1, 1), X):
+        ran.clear()
+        model(x).sum().backward()
+        programs.append(len(ran))
+    assert programs[2] == programs[-1] == 1
+    assert programs[-2] == 2
