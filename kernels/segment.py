@@ -95,7 +95,8 @@ class Step:
 
 
 def _arena(calls: Calls) -> Tensor:
-    return empty(calls.library, (calls.arena // 4,), torch.float32)
+    """Memory for what calls keep: bytes, so that hooks of saved tensors that round numbers leave it alone."""
+    return empty(calls.library, (calls.arena,), torch.uint8)
 
 
 def _addresses(calls: Calls, given: dict[Buffer, Tensor]) -> list[int]:

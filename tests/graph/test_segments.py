@@ -455,3 +455,22 @@ def test_what_one_size_of_inputs_runs_dense_does_not_cut_another(ran, monkeypatc
         programs.append(len(ran))
     assert programs[2] == programs[-1] == 1
     assert programs[-2] == 2
+
+
+def test_hooks_that_round_or_move_what_is_saved(ran):
+    """They see inputs and parameters as numbers, and the rest as bytes, which may come back elsewhere."""
+    model = settled(sparse())
+    wanted = step(model, X)
+    model = settled(sparse())
+    ran.clear()
+
+    def pack(t):
+        return t.clone() if t.dtype == torch.uint8 else t.to(torch.float64)
+
+    def unpack(t):
+        return t if t.dtype == torch.uint8 else t.to(torch.float32)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        found = step(model, X)
+    assert ran
+    assert_same(found, wanted)
