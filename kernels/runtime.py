@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from sparsefx.kernels.blocked import CONVERTED_DENSE
-from sparsefx.kernels.cpu.linear import column_sums
 from sparsefx.kernels.cpu.norm import channel_sums
-from sparsefx.kernels.masking import any_nonzero, compiles, masked, masked_, masked_product
+from sparsefx.kernels.masking import any_nonzero, masked, masked_, masked_product
 from sparsefx.kernels.norm import prepared
 from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.spec import ConvSpec, Prologue, channels
@@ -27,7 +26,7 @@ class Backend(Protocol):
 
     One with a true attribute `fuses` takes a prologue as the next argument of `fprop` and `wgrad`, and then a residual
     in `fprop`. One with an attribute `collected` leaves there what of the weight its `fprop` ran with, and its `dgrad`
-    takes that for the weight.
+    takes that for the weight. One with `bias_grad(grad)` sums the bias's gradient of a linear layer that runs it alone.
     """
 
     name: str
@@ -176,7 +175,11 @@ class Runtime:
         Args:
             only: The backend to run, whatever `choose` says; the gradient of missing weights is masked dense's.
         """
-        for_bias = _bias_grad(grad, spec, centred) if wanted[2] else None
+        sums = getattr(only, "bias_grad", None)
+        for_bias = None
+        if wanted[2]:
+            own = sums is not None and not torch.is_grad_enabled()
+            for_bias = sums(grad) if own else _bias_grad(grad, spec, centred)
         masked_dense = dense_for(spec)
         if torch.is_grad_enabled():  # for a double backward: differentiable, and masked when it reaches the weight
             x = x if prologue is None else prepared(x, prologue, _images(spec))
@@ -277,11 +280,7 @@ def _bias_grad(grad: Tensor, spec: ConvSpec | None, centred: bool = False) -> Te
     if spec is not None and centred:
         return grad.new_zeros(channels(grad, spec))
     if spec is None:
-        rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
-        plain = rows.is_cpu and rows.dtype == torch.float32 and type(rows) is Tensor and rows.is_contiguous()
-        if not plain or torch.is_grad_enabled() or not compiles():
-            return rows.sum(0)
-        return column_sums(rows)
+        return grad.sum(0) if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1]).sum(0)
     if spec.images and grad.dim() == 4:
         return grad.flatten(1).sum(1)
     if spec.images and torch.is_grad_enabled():

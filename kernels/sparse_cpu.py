@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sparsefx.kernels.cpu.conv import ConvPlan
 from sparsefx.kernels.cpu.layout import from_blocked, to_blocked
-from sparsefx.kernels.cpu.linear import LinearPlan
+from sparsefx.kernels.cpu.linear import LinearPlan, column_sums
 from sparsefx.kernels.spec import ConvSpec, Prologue, is_channels_last
 
 FEW_IMAGES = 2
@@ -93,6 +93,10 @@ class SparseCpu:
         else:
             values = self.conv.wgrad_values(to_blocked(grad), to_blocked(x), images=x.shape[0])
         return self.conv.scatter(values, weight.dtype, channels_last=is_channels_last(weight))
+
+    def bias_grad(self, grad: Tensor) -> Tensor:
+        """Gradient of a linear layer's bias."""
+        return column_sums(_rows(grad).float()).to(grad.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
