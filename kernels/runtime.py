@@ -175,11 +175,10 @@ class Runtime:
         Args:
             only: The backend to run, whatever `choose` says; the gradient of missing weights is masked dense's.
         """
-        sums = getattr(only, "bias_grad", None)
+        sums = None if torch.is_grad_enabled() else getattr(only, "bias_grad", None)
         for_bias = None
         if wanted[2]:
-            own = sums is not None and not torch.is_grad_enabled()
-            for_bias = sums(grad) if own else _bias_grad(grad, spec, centred)
+            for_bias = _bias_grad(grad, spec, centred) if sums is None else sums(grad)
         masked_dense = dense_for(spec)
         if torch.is_grad_enabled():  # for a double backward: differentiable, and masked when it reaches the weight
             x = x if prologue is None else prepared(x, prologue, _images(spec))

@@ -36,7 +36,7 @@ class Step:
         self.collecting = frozenset(p for p, runtime in weights.items() if runtime.collecting and p.wants)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The segment's outputs for blocked fp32 inputs."""
+        """The segment's outputs for fp32 inputs."""
         if self.learned or any(value.wants for value in self.segment.inputs):
             return _Run.apply(self, len(inputs), *inputs, *(t for _, t in self.learned))
         return self.forward(inputs)[0]
@@ -129,7 +129,8 @@ def _differentiable(
     step: Step, inputs: Sequence[Tensor], learned: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients as those of the layers one by one, for a double backward."""
-    outputs = step.again(*inputs)
+    reached = [(out, grad) for out, grad in zip(step.again(*inputs), grads, strict=True) if out.requires_grad]
     of = [t for t, want in zip((*inputs, *learned), wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(outputs, of, grads, create_graph=True, allow_unused=True))
+    outputs, through = [out for out, _ in reached], [grad for _, grad in reached]
+    found = iter(torch.autograd.grad(outputs, of, through, create_graph=True, allow_unused=True))
     return [next(found) if want else None for want in wanted]

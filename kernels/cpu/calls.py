@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .abi import check
+from .buffers import SMALLEST
 
 ALIGNMENT = 64
 _WORD = 8
@@ -72,7 +73,8 @@ class Calls:
         """
         other = elsewhere or {}
         ours = [b for b in self._lives if not b.given and b not in other]
-        self.places, self.arena = plan({b: self._lives[b] for b in ours}, kept)
+        self.places, size = plan({b: self._lives[b] for b in ours}, kept)
+        self.arena = _rounded(size)
         self.given = [b for b in self._lives if b.given]
         numbers = {b: i for i, b in enumerate(self._lives)}
         structures = [a for _, arguments in self._planned for a in arguments if isinstance(a, Structure)]
@@ -161,6 +163,12 @@ def plan(lives: dict[Buffer, tuple[int, int]], kept: Callable[[Buffer], bool]) -
         taken.append((offset, offset + size, buffer))
         taken.sort(key=lambda t: t[0])
     return places, total
+
+
+def _rounded(size: int) -> int:
+    """A size that calls of about as many bytes have too, as after a mask changed: `buffers` keeps memory by its size."""
+    step = 1 << (size.bit_length() - 5) if size >= SMALLEST else ALIGNMENT
+    return -(-size // step) * step
 
 
 def _places(homes: dict[Buffer, list[int]], offsets: dict[Buffer, int]) -> tuple[np.ndarray, np.ndarray]:

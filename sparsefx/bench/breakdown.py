@@ -61,6 +61,7 @@ KINDS = {
 
 def breakdown(trainer: Trainer, steps: int = 3) -> dict[str, float]:
     """Milliseconds of a step by kind of work; `"rest"` is everything else, Python included."""
+    trainer.step()  # its memory is that of another trainer's steps, or new
     with _native_calls(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         for _ in range(steps):
             with record_function("sparsefx step"):

@@ -2,10 +2,12 @@
 
 A segment is a program of library calls (`kernels.cpu.segment`) for one shape of inputs and one set of masks. It is made
 when all its layers have run once, so that their kernels have been chosen; until then, and whenever something about the
-layers is not as it was, they run one by one. Both give the same numbers to the last bit.
+layers is not as it was, they run one by one. Both give the same numbers to the last bit. The environment variable
+`SPARSEFX_SEGMENTS=off` lets layers run one by one always.
 """
 
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +32,7 @@ from sparsefx.layers import MASK, SparseConv2d, SparseLayer, SparseLinear
 Node = Any
 """An `fx.Node`, whose arguments are typed too widely to follow."""
 _KINDS = {blocked.conv, blocked.batch_norm, blocked.prepare, blocked.max_pool, run_sparse}
+_OFF = os.environ.get("SPARSEFX_SEGMENTS") == "off"
 _FEWEST = 2
 """Layers of a program."""
 _MOST_KINDS = 16
@@ -470,7 +473,7 @@ def _observed() -> bool:
 
     Several ranks do: gradients that come layer by layer are sent while the next are computed.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if _OFF or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return True
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -306,6 +306,14 @@ def test_autocast_and_several_ranks_run_layer_by_layer(ran, monkeypatch):
     assert not ran
 
 
+def test_segments_can_be_turned_off(ran, monkeypatch):
+    model = settled(sparse())
+    ran.clear()
+    monkeypatch.setattr(segments, "_OFF", True)
+    model(X).sum().backward()
+    assert not ran
+
+
 def test_dense_layers_stand_alone_until_their_masks_change(ran, monkeypatch):
     """A layer that runs dense cuts the program in two; a new mask may join it again."""
     dense = {"body.conv2"}
