@@ -166,7 +166,7 @@ def plan(lives: dict[Buffer, tuple[int, int]], kept: Callable[[Buffer], bool]) -
 
 
 def _rounded(size: int) -> int:
-    """A size that calls of about as many bytes have too, as after a mask changed: `buffers` keeps memory by its size."""
+    """A size that calls of about as many bytes share, as after a mask changed: `buffers` keeps memory by its size."""
     step = 1 << (size.bit_length() - 5) if size >= SMALLEST else ALIGNMENT
     return -(-size // step) * step
 
