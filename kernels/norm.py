@@ -139,15 +139,15 @@ class _Norm(torch.autograd.Function):
         fork_input: bool,
         fork_output: bool,
     ) -> tuple[Tensor, ...]:
-        options = training, eps, images, relu
         more: tuple[Tensor, ...] = ()
         if torch.compiler.is_compiling():
             y, used_mean, used_var, rstd = torch.ops.sparsefx.blocked_norm(
-                x, residual, weight, bias, mean, var, *options
+                x, residual, weight, bias, mean, var, training, eps, images, relu
             )
         else:
             x = x.contiguous()
-            found = _forward(x, residual, weight, bias, mean, var, *options, factor, write)
+            options = {"training": training, "eps": eps, "images": images, "relu": relu}
+            found = _forward(x, residual, weight, bias, mean, var, **options, factor=factor, write=write)
             used_mean, used_var, rstd, prologue = found.mean, found.var, found.rstd, found.prologue
             y = _alias(x) if found.y is None else found.y
             if prologue is not None:
@@ -208,34 +208,10 @@ def _differentiable(wanted: tuple, grad: Tensor, given: tuple, options: tuple) -
     return for_x, enter(through) if added and wanted[1] else None, for_weight, for_bias
 
 
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    training: bool,
-    eps: float,
-    images: int,
-    relu: bool,
-    factor: float | None = None,
-    write: bool = True,
-) -> kernel.Normalized:
-    return kernel.batch_norm_forward(
-        x.contiguous(),
-        weight,
-        bias,
-        mean,
-        var,
-        training=training,
-        eps=eps,
-        images=images,
-        residual=None if residual is None else residual.contiguous(),
-        relu=relu,
-        factor=factor,
-        write=write,
-    )
+def _forward(x: Tensor, residual: Tensor | None, *of: Tensor | None, **options: Any) -> kernel.Normalized:
+    """The kernel; `of` are weight, bias and running statistics."""
+    added = None if residual is None else residual.contiguous()
+    return kernel.batch_norm_forward(x.contiguous(), *of, residual=added, **options)
 
 
 def _norm(
@@ -250,7 +226,8 @@ def _norm(
     images: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = _forward(x, residual, weight, bias, mean, var, training, eps, images, relu)
+    options = {"training": training, "eps": eps, "images": images, "relu": relu}
+    out = _forward(x, residual, weight, bias, mean, var, **options)
     assert out.y is not None
     return out.y, out.mean, out.var, out.rstd
 

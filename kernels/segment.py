@@ -109,7 +109,7 @@ class _Run(torch.autograd.Function):
         inputs = tensors[:count]
         outputs, arena = step.forward(inputs)
         ctx.step, ctx.count = step, count
-        read = [t if step.segment.reads(v) else None for v, t in zip(step.segment.outputs, outputs, strict=True)]
+        read = [t if reads else None for t, reads in zip(outputs, step.segment.read, strict=True)]
         ctx.save_for_backward(arena, *tensors, *read)
         return outputs
 

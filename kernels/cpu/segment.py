@@ -99,6 +99,7 @@ class Segment:
     Attributes:
         forward: Calls of the forward pass, once `finish` was called.
         inputs, outputs: Activations that a run is given, and those that it gives.
+        read: Whether a backward pass reads each of the outputs.
     """
 
     def __init__(self, library: ctypes.CDLL, images: int, *, grad: bool) -> None:
@@ -107,6 +108,7 @@ class Segment:
         self.forward = Calls(library)
         self.inputs: list[Value] = []
         self.outputs: list[Value] = []
+        self.read: list[bool] = []
         self._backward: dict[frozenset[Parameter], Backward] = {}
         self._tape: list[Callable[[Backward], None]] = []
         self._plans: list[LayerPlan] = []  # whose lists the calls walk
@@ -151,11 +153,9 @@ class Segment:
         )
 
         def backward(b: Backward) -> None:
-            grad = b.total(y)
+            grad = b.arriving(y, relu)
             if grad is None:
                 return
-            if relu:
-                grad = b.behind_relu(y, grad)
             if bias is not None and bias.wants:
                 out = None if centred else b.result(bias)
                 if out is not None:
@@ -218,11 +218,9 @@ class Segment:
             self.forward.add("sfx_linear_gather", plan.handle, PASSES["fprop"], *arguments)
 
         def backward(b: Backward) -> None:
-            grad = b.total(y)
+            grad = b.arriving(y, relu)
             if grad is None:
                 return
-            if relu:
-                grad = b.behind_relu(y, grad)
             if bias is not None and bias.wants:
                 sums = b.result(bias)
                 b.calls.add("sfx_column_sums", grad, rows, outs, sums)
@@ -337,13 +335,10 @@ class Segment:
         for value in outputs:
             value.buffer.given = True
         first = self.backward(()) if self.grad else None
+        self.read = [first is not None and first.calls.uses(value.buffer) for value in outputs]
         self.forward.finish(kept=first.calls.uses if first is not None else lambda _: False)
         for backward in self._backward.values():
             backward.finish()
-
-    def reads(self, value: Value) -> bool:
-        """Whether a backward pass reads the activations."""
-        return self.grad and self.backward(()).calls.uses(value.buffer)
 
     def backward(self, dense: Collection[Parameter]) -> "Backward":
         """The backward pass that gives the gradient of all weights for those in `dense`."""
@@ -393,8 +388,11 @@ class Backward:
             grad = total
         self._totals[value] = grad
 
-    def behind_relu(self, y: Value, grad: Buffer) -> Buffer:
-        """The gradient of what a ReLU that gave `y` was given."""
+    def arriving(self, y: Value, relu: bool) -> Buffer | None:
+        """`total` of what gave `y`, behind a ReLU where there was one."""
+        grad = self.total(y)
+        if grad is None or not relu:
+            return grad
         passed = floats(y.shape)
         self.calls.add("sfx_relu_backward", grad, y.buffer, passed, y.elements)
         return passed

@@ -1,4 +1,4 @@
-"""The segment pass: runs of layers in a region that the CPU's kernels compute alone become one function each.
+"""The segment pass: runs of layers, convolutional or linear, that the CPU's kernels compute alone become one function.
 
 A segment is a program of library calls (`kernels.cpu.segment`) for one shape of inputs and one set of masks. It is made
 when all its layers have run once, so that their kernels have been chosen; until then, and whenever something about the
