@@ -69,9 +69,9 @@ struct Level {
 };
 constexpr size_t LEVELS = 7;
 
-// What cost() knows of a processor, in cycles. Levels are as measured with loads alone, but above 256 KB on Zen 4 and 5,
-// where they are what ranks tilings as their times do. Those of Sapphire Rapids and newer Xeons, and what stands beside
-// them, were fitted to the times of 5600 tilings of 63 passes on one of these.
+// What cost() knows of a processor, in cycles. Levels are as measured with loads alone, but above 256 KB on Zen 5,
+// where they are what ranks tilings as their times do. Those of Zen 4 and of Sapphire Rapids and newer Xeons, and what
+// stands beside them, were fitted to times of tilings: 31,000 of 32 passes, 5600 of 63.
 struct Machine {
   Level level[LEVELS];
   int64_t strip_bytes;   // most that a strip of several tiles may take packed; above L2_BUDGET it is read back from L3
@@ -83,14 +83,16 @@ struct Machine {
   double sums = 1.6;         // to load and store a line of sums, over what loading one takes
   double unpack = 1;         // to unpack a line of sums, beside loading it
   double beside = 64 << 10;  // bytes that share the caches with the sums
+  double clipped_run = 15;   // of each run of a clipped record's entries of one class
 };
 constexpr Machine CASCADE_LAKE{{{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35},
                                 {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12, 25, 1.5};
 constexpr Machine SAPPHIRE_RAPIDS{{{44 << 10, 0.7}, {64 << 10, 1.05}, {128 << 10, 1.25}, {256 << 10, 1.7},
                                    {768 << 10, 2.1}, {1536 << 10, 3.0}, {4 << 20, 9.5}}, L2_BUDGET, 9, 9, 0.7,
                                   7, 28, 24, 4.2, 2.2, 3.5, 150 << 10};
-constexpr Machine ZEN_4{{{26 << 10, 1.0}, {64 << 10, 1.5}, {128 << 10, 1.8}, {256 << 10, 1.95},
-                         {512 << 10, 3}, {1 << 20, 4.5}, {4 << 20, 5}}, L2_BUDGET, 12, 25, 1.5};
+constexpr Machine ZEN_4{{{26 << 10, 1.04}, {64 << 10, 1.24}, {128 << 10, 1.72}, {256 << 10, 1.82},
+                         {512 << 10, 2.9}, {1 << 20, 5.5}, {4 << 20, 5.6}}, L2_BUDGET, 7, 8, 1,
+                        5.5, 0.5, 18, 0.9, 1.6, 0, 96 << 10, 10.5};
 constexpr Machine ZEN_5{{{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
                          {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 8}}, 3 << 20, 30, 8, 2.5};
 
@@ -137,7 +139,7 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
     const double whole = double(inside) / double(y.count() * x.count());
     tile -= whole * double(s.outputs) * vectors * (m.sums * acc * (chunks > 1 ? 0.5 : 1) + acc);
   }
-  if (f.clipped) tile += records * CLASSES * (1 - std::exp(-per_cell / CLASSES)) * 15;
+  if (f.clipped) tile += records * CLASSES * (1 - std::exp(-per_cell / CLASSES)) * m.clipped_run;
   const double units = s.kind == WGRAD ? blocks * std::ceil(s.entries / blocks * 4 / PARTIAL_BUDGET) : blocks;
   tile += units / blocks * double(s.outputs) * vectors * (m.unpack + acc);  // unpack the sums, or pack the gradient
   const double strips = double(ceil_div(y.count(), t.rows * t.strip_rows) *
@@ -183,7 +185,7 @@ Tiling choose(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, cons
       if (m.column && !f.clipped) continue;
       const int64_t tile_bytes = f.rows * f.cols * batch * LINE, acc = t.rows * lines * LINE;
       const int64_t whole_y = ceil_div(y.count(), t.rows), whole_x = ceil_div(x.count(), t.cols);
-      for (int64_t budget : {L1_BUDGET, 2 * L1_BUDGET, 4 * L1_BUDGET, L2_BUDGET / 2, L2_BUDGET, INT64_MAX / 2})
+      for (int64_t budget : {L1_BUDGET, 2 * L1_BUDGET, 3 * L1_BUDGET, 4 * L1_BUDGET, L2_BUDGET / 2, L2_BUDGET, INT64_MAX / 2})
         for (int64_t parts : {1, 2, 4, 8}) {
           t.chunk = ceil_div(s.live, ceil_div(s.live, std::clamp<int64_t>(budget / tile_bytes, 1, s.live)));
           t.block = ceil_div(s.outputs, parts);

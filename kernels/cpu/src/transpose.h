@@ -26,16 +26,30 @@ SFX_INLINE void transpose(vf (&r)[LANES]) {
   }
 }
 
+// a and b exchange lanes: a's lanes without BIT and b's with it, or, where SWAPPED, those that are paired with them.
+template <int BIT, bool SWAPPED, int... I>
+SFX_INLINE vf take_halves(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((SWAPPED ? I ^ BIT : I) + (I & BIT ? LANES : 0))...);
+}
+
+// s[i] becomes the sums of neighbouring halves of BIT lanes, of s[i] and of s[i + BIT]. A blend and one shuffle a pair.
+template <int BIT>
+SFX_INLINE void add_halves(vf (&s)[LANES]) {
+  if constexpr (BIT < LANES) {
+    constexpr std::make_integer_sequence<int, LANES> lanes;
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2 * BIT)
+      s[i] = take_halves<BIT, false>(s[i], s[i + BIT], lanes) + take_halves<BIT, true>(s[i], s[i + BIT], lanes);
+    add_halves<2 * BIT>(s);
+  }
+}
+
 // Lane i of the result is the sum of the lanes of r[i].
 SFX_INLINE vf sum_each(const vf* r) {
-  constexpr std::make_integer_sequence<int, LANES> lanes;
   vf s[LANES];
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) s[i] = r[i];
-#pragma GCC unroll 4
-  for (int n = LANES / 2; n; n /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) s[i] = interleave<0>(s[i], s[i + n], lanes) + interleave<1>(s[i], s[i + n], lanes);
+  add_halves<1>(s);
   return s[0];
 }
 
