@@ -127,7 +127,7 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
   };
   const int64_t entries = lists.entries(), strips = p.strips();
   // As many units as threads share evenly, of about equal sizes; one where strips can be shared instead.
-  const int64_t least = std::max<int64_t>(1, ceil_div(entries * 4, PARTIAL_BUDGET));
+  const int64_t least = std::max<int64_t>(1, ceil_div(entries * 4, partial_budget()));
   const int64_t wanted = least == 1 && strips > 1 ? 1 : ceil_div(least, threads) * threads;
   std::vector<Unit> units;
   int64_t most = 0;

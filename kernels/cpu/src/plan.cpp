@@ -84,6 +84,7 @@ struct Machine {
   double unpack = 1;         // to unpack a line of sums, beside loading it
   double beside = 64 << 10;  // bytes that share the caches with the sums
   double clipped_run = 15;   // of each run of a clipped record's entries of one class
+  int64_t partial_bytes = 384 << 10;  // of weight gradients that are summed at a time; those of Zen 4 need not stay in L2
 };
 constexpr Machine CASCADE_LAKE{{{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35},
                                 {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12, 25, 1.5};
@@ -92,7 +93,7 @@ constexpr Machine SAPPHIRE_RAPIDS{{{44 << 10, 0.7}, {64 << 10, 1.05}, {128 << 10
                                   7, 28, 24, 4.2, 2.2, 3.5, 150 << 10};
 constexpr Machine ZEN_4{{{26 << 10, 1.04}, {64 << 10, 1.24}, {128 << 10, 1.72}, {256 << 10, 1.82},
                          {512 << 10, 2.9}, {1 << 20, 5.5}, {4 << 20, 5.6}}, L2_BUDGET, 7, 8, 1,
-                        5.5, 0.5, 18, 0.9, 1.6, 0, 96 << 10, 10.5};
+                        5.5, 0.5, 18, 0.9, 1.6, 0, 96 << 10, 10.5, 1536 << 10};
 constexpr Machine ZEN_5{{{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
                          {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 8}}, 3 << 20, 30, 8, 2.5};
 
@@ -140,7 +141,7 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
     tile -= whole * double(s.outputs) * vectors * (m.sums * acc * (chunks > 1 ? 0.5 : 1) + acc);
   }
   if (f.clipped) tile += records * CLASSES * (1 - std::exp(-per_cell / CLASSES)) * m.clipped_run;
-  const double units = s.kind == WGRAD ? blocks * std::ceil(s.entries / blocks * 4 / PARTIAL_BUDGET) : blocks;
+  const double units = s.kind == WGRAD ? blocks * std::ceil(s.entries / blocks * 4 / double(m.partial_bytes)) : blocks;
   tile += units / blocks * double(s.outputs) * vectors * (m.unpack + acc);  // unpack the sums, or pack the gradient
   const double strips = double(ceil_div(y.count(), t.rows * t.strip_rows) *
                                ceil_div(x.count(), t.cols * t.strip_cols) * ceil_div(s.blocks, t.batch));
@@ -279,6 +280,8 @@ void finish(PhasePlan& p, const Pattern& pattern, const PassPlan& pass) {
 }
 
 }  // namespace
+
+int64_t partial_budget() { return machine().partial_bytes; }
 
 int64_t out_size(const ConvShape& s, int a, int64_t size) {
   return (size + 2 * s.pad[a] - s.dilation[a] * (s.kernel[a] - 1) - 1) / s.stride[a] + 1;

@@ -12,7 +12,7 @@ namespace sfx {
 
 enum PassKind { FPROP = 0, DGRAD = 1, WGRAD = 2, PIXELS = 3 };  // PIXELS: fprop with lanes over pixels
 
-constexpr int64_t PARTIAL_BUDGET = 384 << 10;  // bytes of weight gradients that are summed at a time
+int64_t partial_budget();  // bytes of weight gradients that are summed at a time on this processor
 
 struct Tiling {
   int64_t rows, cols, batch;       // a tile: output rows x output columns x blocks of images
