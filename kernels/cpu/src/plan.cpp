@@ -71,7 +71,7 @@ constexpr size_t LEVELS = 7;
 
 // What cost() knows of a processor, in cycles. Levels are as measured with loads alone, but above 256 KB on Zen 5,
 // where they are what ranks tilings as their times do. Those of Zen 4 and of Sapphire Rapids and newer Xeons, and what
-// stands beside them, were fitted to times of tilings: 31,000 of 32 passes, 5600 of 63.
+// stands beside them, were fitted to times of tilings: 36,000 of 32 passes, 5600 of 63.
 struct Machine {
   Level level[LEVELS];
   int64_t strip_bytes;   // most that a strip of several tiles may take packed; above L2_BUDGET it is read back from L3
@@ -84,7 +84,7 @@ struct Machine {
   double unpack = 1;         // to unpack a line of sums, beside loading it
   double beside = 64 << 10;  // bytes that share the caches with the sums
   double clipped_run = 15;   // of each run of a clipped record's entries of one class
-  int64_t partial_bytes = 384 << 10;  // of weight gradients that are summed at a time; those of Zen 4 need not stay in L2
+  int64_t partial_bytes = 384 << 10;  // of weight gradients summed at a time; on Zen 4 they leave L2
 };
 constexpr Machine CASCADE_LAKE{{{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35},
                                 {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12, 25, 1.5};
