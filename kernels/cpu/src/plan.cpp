@@ -11,6 +11,9 @@ namespace sfx {
 namespace {
 
 constexpr int64_t L1_BUDGET = 26 << 10, L2_BUDGET = 448 << 10, ACC_BUDGET = 320 << 10;
+// Bytes that the packed channels of a chunk may take; the last: all of them.
+constexpr int64_t CHUNK_BUDGETS[] = {L1_BUDGET,     2 * L1_BUDGET, 3 * L1_BUDGET, 4 * L1_BUDGET,
+                                     L2_BUDGET / 2, L2_BUDGET,     INT64_MAX / 2};
 constexpr size_t KEPT_PASSES = 12;
 
 struct Sizes {  // what the cost of a tiling depends on
@@ -186,7 +189,7 @@ Tiling choose(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, cons
       if (m.column && !f.clipped) continue;
       const int64_t tile_bytes = f.rows * f.cols * batch * LINE, acc = t.rows * lines * LINE;
       const int64_t whole_y = ceil_div(y.count(), t.rows), whole_x = ceil_div(x.count(), t.cols);
-      for (int64_t budget : {L1_BUDGET, 2 * L1_BUDGET, 3 * L1_BUDGET, 4 * L1_BUDGET, L2_BUDGET / 2, L2_BUDGET, INT64_MAX / 2})
+      for (int64_t budget : CHUNK_BUDGETS)
         for (int64_t parts : {1, 2, 4, 8}) {
           t.chunk = ceil_div(s.live, ceil_div(s.live, std::clamp<int64_t>(budget / tile_bytes, 1, s.live)));
           t.block = ceil_div(s.outputs, parts);

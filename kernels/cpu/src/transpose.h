@@ -26,13 +26,14 @@ SFX_INLINE void transpose(vf (&r)[LANES]) {
   }
 }
 
-// a and b exchange lanes: a's lanes without BIT and b's with it, or, where SWAPPED, those that are paired with them.
+// a's lanes whose number has no BIT and b's that have it; where SWAPPED, instead of each the lane that differs in BIT.
 template <int BIT, bool SWAPPED, int... I>
 SFX_INLINE vf take_halves(vf a, vf b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, ((SWAPPED ? I ^ BIT : I) + (I & BIT ? LANES : 0))...);
 }
 
-// s[i] becomes the sums of neighbouring halves of BIT lanes, of s[i] and of s[i + BIT]. A blend and one shuffle a pair.
+// s[i] becomes sums of lanes that differ in BIT: of s[i] where the lane's number has no BIT, of s[i + BIT] where it has;
+// then the same for the next bit. A blend and a shuffle a pair, where halves side by side would take two shuffles.
 template <int BIT>
 SFX_INLINE void add_halves(vf (&s)[LANES]) {
   if constexpr (BIT < LANES) {
