@@ -32,7 +32,7 @@ SFX_INLINE vf take_halves(vf a, vf b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, ((SWAPPED ? I ^ BIT : I) + (I & BIT ? LANES : 0))...);
 }
 
-// s[i] becomes sums of lanes that differ in BIT: of s[i] where the lane's number has no BIT, of s[i + BIT] where it has;
+// s[i] becomes sums of lanes that differ in BIT: of s[i] where the lane's number has no BIT, else of s[i + BIT];
 // then the same for the next bit. A blend and a shuffle a pair, where halves side by side would take two shuffles.
 template <int BIT>
 SFX_INLINE void add_halves(vf (&s)[LANES]) {
