@@ -313,11 +313,10 @@ struct Rows {
   int64_t images, features;
 
   void pack(char* out, const uint32_t* channel, int64_t n, const PhasePlan& p, TileAt t) const {
-    transposed(n, p.tiling.batch * VECS, [&](int64_t c, int64_t v) {
-      const bool together = c + LANES <= n && channel[c + LANES - 1] - channel[c] == LANES - 1;
-      const int64_t width = together ? LANES : 1;
-      read(out + c * p.channel_bytes + v * LANES * 4, p.channel_bytes, channel[c], width, t.batch * BLOCK + v * LANES);
-      return width;
+    transposed(n, p.tiling.batch * VECS, [&](int64_t c, int64_t end, int64_t v) SFX_LAMBDA {
+      const auto feature = [&](int64_t k) { return int64_t(channel[c + k]); };
+      return read(out + c * p.channel_bytes + v * LANES * 4, p.channel_bytes, feature, end - c,
+                  t.batch * BLOCK + v * LANES);
     });
   }
 
@@ -333,17 +332,16 @@ struct Rows {
 
   void pack_tile(char* out, int64_t c0, int64_t n, const PhasePlan& p, TileAt t) const {
     const int64_t pitch = p.tile_bytes();
-    transposed(n, p.tiling.batch * VECS, [&](int64_t c, int64_t v) {
-      const int64_t width = c + LANES <= n ? LANES : 1;
-      read(out + c * pitch + v * LANES * 4, pitch, c0 + c, width, t.batch * BLOCK + v * LANES);
-      return width;
+    transposed(n, p.tiling.batch * VECS, [&](int64_t c, int64_t end, int64_t v) SFX_LAMBDA {
+      const auto feature = [&](int64_t k) { return c0 + c + k; };
+      return read(out + c * pitch + v * LANES * 4, pitch, feature, end - c, t.batch * BLOCK + v * LANES);
     });
   }
 
   void unpack(const char* acc, int64_t c0, int64_t n, const PhasePlan& p, TileAt t, Epilogue e) const {
     const int64_t pitch = p.tile_bytes();
-    transposed(n, p.tiling.batch * VECS, [&](int64_t c, int64_t v) {
-      const int64_t width = c + LANES <= n ? LANES : 1;
+    transposed(n, p.tiling.batch * VECS, [&](int64_t c, int64_t end, int64_t v) {
+      const int64_t width = c + LANES <= end ? LANES : 1;
       write(acc + c * pitch + v * LANES * 4, pitch, c0 + c, width, t.batch * BLOCK + v * LANES, e);
       return width;
     });
@@ -353,30 +351,48 @@ struct Rows {
   bool sink(Sink*, int64_t*, int64_t, const PhasePlan&, TileAt, Epilogue) const { return false; }
 
  private:
-  // Calls visit(feature, vector) -> features done for all `n` features of all vectors of images, some lines of each row
-  // of features at a time: whole rows would leave L1 before the next, and single lines are no stream to prefetch.
+  // Calls visit(feature, end, vector) -> features done for all `n` features of all vectors of images, some lines of each
+  // row of features at a time: whole rows would leave L1 before the next, and single lines are no stream to prefetch.
   template <class Visit>
   void transposed(int64_t n, int64_t vectors, Visit visit) const {
     constexpr int64_t TOGETHER = 64;
     for (int64_t c0 = 0; c0 < n; c0 += TOGETHER)
       for (int64_t v = 0; v < vectors; ++v)
-        for (int64_t c = c0; c < std::min(n, c0 + TOGETHER);) c += visit(c, v);
+        for (int64_t c = c0, end = std::min(n, c0 + TOGETHER); c < end;) c += visit(c, end, v);
   }
 
-  // `width` features from `feature` on (LANES of them, or 1) of LANES images, to one native vector per feature.
-  void read(char* to, int64_t pitch, int64_t feature, int64_t width, int64_t image) const {
+  // Of LANES images the features feature(0) < feature(1) < ..., at most `most`, that lie within LANES of the first, to
+  // one native vector each. Returns how many.
+  template <class Feature>
+  SFX_INLINE int64_t read(char* to, int64_t pitch, Feature feature, int64_t most, int64_t image) const {
     const int64_t n = std::clamp<int64_t>(images - image, 0, LANES);
-    const T* from = data + image * features + feature;
-    if (width == 1) {
+    const int64_t first = std::min(feature(0), features - LANES);
+    constexpr int64_t FEW = 2;  // up to here one by one is faster
+    int64_t found = 1;
+    if (most >= LANES && feature(LANES - 1) - first == LANES - 1) {
+      found = LANES;
+    } else if (first >= 0) {
+      while (found < most && feature(found) < first + LANES) ++found;
+    }
+    if (found <= FEW) {
+      const T* from = data + image * features + feature(0);
       vf v{};
       for (int64_t i = 0; i < n; ++i) v[i] = to_float(from[i * features]);
       store(to, v);
-      return;
+      return 1;
     }
+    const T* from = data + image * features + first;
     vf r[LANES];
     for (int i = 0; i < LANES; ++i) r[i] = i < n ? load_as_float(from + i * features) : vf{};
     transpose(r);
-    for (int i = 0; i < LANES; ++i) store(to + i * pitch, r[i]);
+    if (found == LANES) {
+      for (int i = 0; i < LANES; ++i) store(to + i * pitch, r[i]);
+    } else {  // the last of a chunk, or with channels between them that no weight reads
+      vf all[LANES];
+      for (int i = 0; i < LANES; ++i) all[i] = r[i];
+      for (int64_t k = 0; k < found; ++k) store(to + k * pitch, all[feature(k) - first]);
+    }
+    return found;
   }
 
   void write(const char* from, int64_t pitch, int64_t feature, int64_t width, int64_t image, Epilogue e) const {

@@ -74,7 +74,7 @@ constexpr size_t LEVELS = 7;
 
 // What cost() knows of a processor, in cycles. Levels are as measured with loads alone, but above 256 KB on Zen 5,
 // where they are what ranks tilings as their times do. Those of Zen 4 and of Sapphire Rapids and newer Xeons, and what
-// stands beside them, were fitted to times of tilings: 36,000 of 32 passes, 5600 of 63.
+// stands beside them, were fitted to times of tilings: 36,000 of 32 passes, 19,500 of 137.
 struct Machine {
   Level level[LEVELS];
   int64_t strip_bytes;   // most that a strip of several tiles may take packed; above L2_BUDGET it is read back from L3
@@ -87,16 +87,17 @@ struct Machine {
   double unpack = 1;         // to unpack a line of sums, beside loading it
   double beside = 64 << 10;  // bytes that share the caches with the sums
   double clipped_run = 15;   // of each run of a clipped record's entries of one class
+  double clipped_dots = 15;  // the same of a weight gradient
   int64_t partial_bytes = 384 << 10;  // of weight gradients summed at a time; on Zen 4 they leave L2
 };
 constexpr Machine CASCADE_LAKE{{{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35},
                                 {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12, 25, 1.5};
-constexpr Machine SAPPHIRE_RAPIDS{{{44 << 10, 0.63}, {64 << 10, 1.05}, {128 << 10, 1.29}, {256 << 10, 1.62},
-                                   {768 << 10, 2.1}, {1536 << 10, 6.5}, {4 << 20, 19.5}}, L2_BUDGET, 18, 8.6, 1.6,
-                                  9, 24.5, 15.5, 1.85, 1.97, 0.2, 236 << 10, 24};
+constexpr Machine SAPPHIRE_RAPIDS{{{44 << 10, 0.63}, {64 << 10, 1.01}, {128 << 10, 1.22}, {256 << 10, 1.65},
+                                   {768 << 10, 1.99}, {1536 << 10, 9.2}, {4 << 20, 25}}, L2_BUDGET, 28, 7.7, 1.65,
+                                  11, 28, 15.5, 2.1, 2.1, 0.12, 171 << 10, 14.3, 25.5};
 constexpr Machine ZEN_4{{{26 << 10, 1.04}, {64 << 10, 1.24}, {128 << 10, 1.72}, {256 << 10, 1.82},
                          {512 << 10, 2.9}, {1 << 20, 5.5}, {4 << 20, 5.6}}, L2_BUDGET, 7, 8, 1,
-                        5.5, 0.5, 18, 0.9, 1.6, 0, 96 << 10, 10.5, 1536 << 10};
+                        5.5, 0.5, 18, 0.9, 1.6, 0, 96 << 10, 10.5, 10.5, 1536 << 10};
 constexpr Machine ZEN_5{{{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
                          {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 8}}, 3 << 20, 30, 8, 2.5};
 
@@ -143,7 +144,8 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
     const double whole = double(inside) / double(y.count() * x.count());
     tile -= whole * double(s.outputs) * vectors * (m.sums * acc * (chunks > 1 ? 0.5 : 1) + acc);
   }
-  if (f.clipped) tile += records * CLASSES * (1 - std::exp(-per_cell / CLASSES)) * m.clipped_run;
+  if (f.clipped)
+    tile += records * CLASSES * (1 - std::exp(-per_cell / CLASSES)) * (s.kind == WGRAD ? m.clipped_dots : m.clipped_run);
   const double units = s.kind == WGRAD ? blocks * std::ceil(s.entries / blocks * 4 / double(m.partial_bytes)) : blocks;
   tile += units / blocks * double(s.outputs) * vectors * (m.unpack + acc);  // unpack the sums, or pack the gradient
   const double strips = double(ceil_div(y.count(), t.rows * t.strip_rows) *

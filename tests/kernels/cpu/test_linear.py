@@ -1,5 +1,7 @@
 """LinearPlan against the dense linear layer in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -47,6 +49,23 @@ def test_a_weight_of_another_type_or_layout_and_collected_values_give_the_same()
     for weight in (values, w.float(), w.T.contiguous().T):
         assert torch.equal(p.fprop(x, weight, b.float()), out)
     assert torch.equal(p.dgrad(g, values), p.dgrad(g, w))
+
+
+@pytest.mark.parametrize("inputs", [9, 16, 37, 200])
+@pytest.mark.parametrize("chunk", [1, 7, 103])
+def test_features_that_no_weight_reads_lie_between_others(inputs, chunk, isa):
+    """At the first and the last features too, where vectors of neighbours do not fit into a row."""
+    generator = torch.Generator().manual_seed(8)
+    mask = torch.rand(50, inputs, generator=generator) < 0.3
+    mask[:, torch.rand(inputs, generator=generator) < 0.4] = False
+    mask[:, inputs // 2] = True
+    w, x, g = torch.randn(50, inputs) * mask, torch.randn(35, inputs), torch.randn(35, 50)
+    p = LinearPlan(mask, isa)
+    for kind in ("fprop", "wgrad"):
+        p.tune(kind, replace(p.tiling(kind, 1, 1, 35)[0], chunk=chunk))
+    assert error(p.fprop(x, w), x.double() @ w.double().T) < 1e-5
+    assert error(p.dgrad(g, w), g.double() @ w.double()) < 1e-5
+    assert error(p.wgrad(g, x), (g.double().T @ x.double()) * mask) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [16, 100])
