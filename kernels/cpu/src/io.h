@@ -351,8 +351,9 @@ struct Rows {
   bool sink(Sink*, int64_t*, int64_t, const PhasePlan&, TileAt, Epilogue) const { return false; }
 
  private:
-  // Calls visit(feature, end, vector) -> features done for all `n` features of all vectors of images, some lines of each
-  // row of features at a time: whole rows would leave L1 before the next, and single lines are no stream to prefetch.
+  // Calls visit(feature, end, vector) -> features done for all `n` features of all vectors of images, some lines of
+  // each row of features at a time: whole rows would leave L1 before the next, and single lines are no stream to
+  // prefetch.
   template <class Visit>
   void transposed(int64_t n, int64_t vectors, Visit visit) const {
     constexpr int64_t TOGETHER = 64;

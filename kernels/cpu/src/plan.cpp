@@ -94,7 +94,7 @@ constexpr Machine CASCADE_LAKE{{{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.
                                 {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12, 25, 1.5};
 constexpr Machine SAPPHIRE_RAPIDS{{{44 << 10, 0.63}, {64 << 10, 1.01}, {128 << 10, 1.22}, {256 << 10, 1.65},
                                    {768 << 10, 1.99}, {1536 << 10, 9.2}, {4 << 20, 25}}, L2_BUDGET, 28, 7.7, 1.65,
-                                  11, 28, 15.5, 2.1, 2.1, 0.12, 171 << 10, 14.3, 25.5};
+                                  11, 16, 15.5, 2.1, 2.1, 0.12, 171 << 10, 14.3, 25.5};
 constexpr Machine ZEN_4{{{26 << 10, 1.04}, {64 << 10, 1.24}, {128 << 10, 1.72}, {256 << 10, 1.82},
                          {512 << 10, 2.9}, {1 << 20, 5.5}, {4 << 20, 5.6}}, L2_BUDGET, 7, 8, 1,
                         5.5, 0.5, 18, 0.9, 1.6, 0, 96 << 10, 10.5, 10.5, 1536 << 10};
@@ -144,8 +144,8 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
     const double whole = double(inside) / double(y.count() * x.count());
     tile -= whole * double(s.outputs) * vectors * (m.sums * acc * (chunks > 1 ? 0.5 : 1) + acc);
   }
-  if (f.clipped)
-    tile += records * CLASSES * (1 - std::exp(-per_cell / CLASSES)) * (s.kind == WGRAD ? m.clipped_dots : m.clipped_run);
+  const double run_cycles = s.kind == WGRAD ? m.clipped_dots : m.clipped_run;
+  if (f.clipped) tile += records * CLASSES * (1 - std::exp(-per_cell / CLASSES)) * run_cycles;
   const double units = s.kind == WGRAD ? blocks * std::ceil(s.entries / blocks * 4 / double(m.partial_bytes)) : blocks;
   tile += units / blocks * double(s.outputs) * vectors * (m.unpack + acc);  // unpack the sums, or pack the gradient
   const double strips = double(ceil_div(y.count(), t.rows * t.strip_rows) *
