@@ -5,6 +5,7 @@ operators take several times as long as the memory needs.
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -101,15 +102,34 @@ class MaskBits:
             self._mask = mask.clone()
             return
         self._bits = torch.empty(-(-self._bytes // 64), dtype=torch.int64)
-        self._address = pointer(self._bits)
-        self._library.sfx_mask_pack(pointer(mask), self._address, self._bytes, torch.get_num_threads())
+        self._library.sfx_mask_pack(pointer(mask), pointer(self._bits), self._bytes, torch.get_num_threads())
 
     def same(self, mask: Tensor) -> bool:
         """Whether a mask of the same shape and strides has the same elements."""
-        if self._library is None:
-            return torch.equal(self._mask, mask)
-        same = self._library.sfx_mask_same(pointer(mask), self._address, self._bytes, torch.get_num_threads())
-        return bool(same)
+        return torch.equal(self._mask, mask) if self._library is None else Masks([(self, mask)]).same()
+
+    def row(self, mask: Tensor) -> tuple[int, int, int]:
+        """The comparison as `sfx_masks_same` takes it; where there is a library."""
+        return mask.data_ptr(), self._bits.data_ptr(), self._bytes
+
+
+class Masks:
+    """Masks that are compared with the bits of others in one call.
+
+    Args:
+        pairs: Bits, and a mask of their shape and strides that stays where it lies. The C++ library must be there.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[MaskBits, Tensor]]) -> None:
+        rows = [word for bits, mask in pairs for word in bits.row(mask)]
+        library = _loaded()
+        assert library is not None
+        self._library, self._pairs = library, pairs
+        self._arguments = (ctypes.c_int64 * len(rows))(*rows), len(pairs)
+
+    def same(self) -> bool:
+        """Whether all of them have the same elements."""
+        return bool(self._library.sfx_masks_same(*self._arguments, torch.get_num_threads()))
 
 
 def any_nonzero(x: Tensor) -> bool:

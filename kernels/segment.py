@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sparsefx.kernels.cpu.abi import empty, empty_weight
-from sparsefx.kernels.cpu.calls import Buffer, Calls
-from sparsefx.kernels.cpu.segment import Gradient, Parameter, Segment
+from sparsefx.kernels.cpu.calls import Calls
+from sparsefx.kernels.cpu.segment import Parameter, Segment
 from sparsefx.kernels.runtime import Runtime
 
 Again = Callable[..., Sequence[Tensor]]
@@ -19,79 +19,57 @@ class Step:
     """One run of a segment.
 
     Args:
-        parameters: With the tensors that stand for them now, in one order at each run.
+        parameters: Tensors that stand for the segment's now.
         weights: The runtimes of those that are sparse layers' weights.
         again: For a double backward.
     """
 
     def __init__(
-        self,
-        segment: Segment,
-        parameters: Sequence[tuple[Parameter, Tensor]],
-        weights: dict[Parameter, Runtime],
-        again: Again,
+        self, segment: Segment, parameters: Sequence[Tensor], weights: dict[Parameter, Runtime], again: Again
     ) -> None:
         self.segment, self.parameters, self.weights, self.again = segment, parameters, weights, again
-        self.learned = [(p, t) for p, t in parameters if p.wants] if segment.grad else []
-        self.collecting = frozenset(p for p, runtime in weights.items() if runtime.collecting and p.wants)
+        self.collecting = [p for p, runtime in weights.items() if runtime.collecting and p.wants]
 
-    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    @property
+    def learned(self) -> list[Tensor]:
+        """The parameters whose gradients are wanted."""
+        return [self.parameters[i] for i in self.segment.learned]
+
+    def run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The segment's outputs for fp32 inputs."""
-        if self.learned or any(value.wants for value in self.segment.inputs):
-            return _Run.apply(self, len(inputs), *inputs, *(t for _, t in self.learned))
+        learned = self.learned
+        if learned or any(value.wants for value in self.segment.inputs):
+            return _Run.apply(self, len(inputs), *inputs, *learned)
         return self.forward(inputs)[0]
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
         """The outputs, and the memory that holds what backward reads."""
-        segment = self.segment
-        outputs = tuple(empty(segment.library, value.shape, torch.float32) for value in segment.outputs)
-        arena = _arena(segment.forward)
-        segment.forward.run(arena.data_ptr(), _addresses(segment.forward, self._given(inputs, outputs)))
+        library, calls = self.segment.library, self.segment.forward
+        outputs = tuple([empty(library, value.shape, torch.float32) for value in self.segment.outputs])
+        arena = _arena(calls)
+        calls.run(arena.data_ptr(), _addresses(*inputs, *outputs, *self.parameters))
         return outputs, arena
 
     def backward(
-        self, arena: Tensor, inputs: Sequence[Tensor], outputs: Sequence[Tensor], grads: Sequence[Tensor]
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of the inputs and of what is learned."""
+        self, arena: Tensor, inputs: Sequence[Tensor], outputs: Sequence[Tensor | None], grads: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Gradients of the inputs and of what is learned; outputs that it does not read may be None."""
         segment = self.segment
         backward = segment.backward(self.collecting)
-        given = self._given(inputs, outputs) | dict(zip(backward.grads, grads, strict=True))
-        results = {}
-        for parameter, gradient in backward.gradients.items():
-            results[parameter] = self._made(parameter, gradient, given)
-        for_inputs = []
-        for value in segment.inputs:
-            total = backward.total(value)
-            if total is not None and total not in given:
-                given[total] = empty(segment.library, value.shape, torch.float32)
-            for_inputs.append(None if total is None else given[total])
+        found = list(grads)
+        for shape, last in backward.made:
+            found.append(empty_weight(segment.library, shape, torch.float32, channels_last=last))
         own = _arena(backward.calls)
-        backward.calls.run(own.data_ptr(), _addresses(backward.calls, given), arena.data_ptr())
+        given = _addresses(*inputs, *outputs, *self.parameters, *found)
+        backward.calls.run(own.data_ptr(), given, arena.data_ptr())
+        for at in backward.zeros:
+            found[at].zero_()
         for parameter, runtime in self.weights.items():
-            if parameter not in results:
-                continue
-            gradient = backward.gradients[parameter]
-            if gradient.dense is not None:
-                runtime.stage(given[gradient.dense])
-            runtime.returns(results[parameter])
-        return *for_inputs, *(results.get(p) for p, _ in self.learned)
-
-    def _given(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> dict[Buffer, Tensor]:
-        given = {parameter.buffer: tensor for parameter, tensor in self.parameters}
-        given.update((value.buffer, t) for value, t in zip(self.segment.inputs, inputs, strict=True))
-        given.update((value.buffer, t) for value, t in zip(self.segment.outputs, outputs, strict=True))
-        return given
-
-    def _made(self, parameter: Parameter, gradient: Gradient, given: dict[Buffer, Tensor]) -> Tensor:
-        """Memory for a parameter's gradient."""
-        if gradient.buffer is None:
-            return torch.zeros(parameter.shape)
-        for buffer in (gradient.buffer, gradient.dense):
-            if buffer is not None:
-                given[buffer] = empty_weight(
-                    self.segment.library, parameter.shape, torch.float32, channels_last=parameter.last
-                )
-        return given[gradient.buffer]
+            if parameter in backward.dense_of:
+                runtime.stage(found[backward.dense_of[parameter]])
+            if parameter in backward.masked:
+                runtime.returns(found[backward.masked[parameter]])
+        return [None if at is None else found[at] for at in backward.returned]
 
 
 def _arena(calls: Calls) -> Tensor:
@@ -99,8 +77,8 @@ def _arena(calls: Calls) -> Tensor:
     return empty(calls.library, (calls.arena,), torch.uint8)
 
 
-def _addresses(calls: Calls, given: dict[Buffer, Tensor]) -> list[int]:
-    return [given[buffer].data_ptr() for buffer in calls.given]
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 class _Run(torch.autograd.Function):
@@ -117,9 +95,9 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         step: Step = ctx.step
         arena, *tensors = ctx.saved_tensors
-        inputs, outputs = tensors[: ctx.count], tensors[ctx.count + len(step.learned) :]
+        inputs, outputs = tensors[: ctx.count], tensors[len(tensors) - len(grads) :]
         if torch.is_grad_enabled():
-            found = _differentiable(step, inputs, [t for _, t in step.learned], grads, ctx.needs_input_grad[2:])
+            found = _differentiable(step, inputs, step.learned, grads, ctx.needs_input_grad[2:])
         else:
             found = step.backward(arena, inputs, outputs, [g.contiguous() for g in grads])
         return None, None, *found

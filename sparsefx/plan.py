@@ -23,6 +23,7 @@ class Plan:
         choices: Name of the backend by call: pass, shape, type and memory format.
         ready: The chosen backend by call and geometry.
         running: The latest call of each pass.
+        bits: Those of the mask; None where they cannot be read in one go.
         nnz: Number of weights that exist.
         live_in, live_out: Numbers of channels that have a weight; `empty_in`, `empty_out`: of those that have none.
     """
@@ -59,7 +60,7 @@ class Plan:
                 broadcast moves neither.
         """
         at = _stamp(mask)
-        if at == self._stamp and (not look or (self._bits is not None and self._bits.same(mask))):
+        if at == self._stamp and (not look or (self.bits is not None and self.bits.same(mask))):
             return False
         if self.mask.device == mask.device and torch.equal(self.mask, mask):
             self._seen(mask)
@@ -75,7 +76,7 @@ class Plan:
         """Remember where `mask` lies, which equals the plan's, and its bits where they can be read in one go."""
         self._stamp = _stamp(mask)
         plain = type(mask) is Tensor and mask.is_cpu and (mask.is_contiguous() or is_channels_last(mask))
-        self._bits = MaskBits(mask) if plain else None
+        self.bits = MaskBits(mask) if plain else None
 
 
 def buckets(plan: Plan) -> tuple[int, int, int]:

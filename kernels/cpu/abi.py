@@ -41,9 +41,11 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_masked_copy": (None, [_P, _P, _P, _I64, _INT]),
     "sfx_masked_fold": (None, [_P, _P, _P, _P, _I64, ctypes.c_float, ctypes.c_float, _INT]),
     "sfx_mask_pack": (None, [_P, _P, _I64, _INT]),
-    "sfx_mask_same": (_INT, [_P, _P, _I64, _INT]),
+    "sfx_masks_same": (_INT, [_P, _I64, _INT]),
     "sfx_products": (None, [_P, _P, _I64, _P, _INT]),
     "sfx_max_pool": (None, [_INT, _INT, _P, _P, _I64, _I64, _P, _P, _P, _INT]),
+    "sfx_caller": (_P, [ctypes.c_char_p]),
+    "sfx_run": (_INT, [_P, _P, _I64, _P, _P, _I64, _INT]),
     "sfx_advise": (None, [_P, _I64]),
     "sfx_peak": (ctypes.c_double, [_INT]),
 }

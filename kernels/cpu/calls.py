@@ -1,11 +1,11 @@
 """Library calls made ready once and run again and again, with buffers planned ahead in one piece of memory."""
 
 import ctypes
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from .abi import check
@@ -13,6 +13,7 @@ from .buffers import SMALLEST
 
 ALIGNMENT = 64
 _WORD = 8
+_ARENA, _OTHER, _FIRST_GIVEN = range(3)  # bases of addresses
 
 
 class Buffer:
@@ -33,16 +34,15 @@ class Calls:
     Calls that follow each other share what the library needs no longer: a buffer has its place from the first call that
     names it to the last.
 
-    Args:
-        library: With a status of 0 for success from every function that returns one.
+    Attributes:
+        arena: Bytes that a run needs for buffers that are not given; once `finish` was called.
+        places: Offsets of those buffers.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
-        self._threads = ctypes.c_int()
         self._planned: list[tuple[str, tuple[Any, ...]]] = []
         self._lives: dict[Buffer, tuple[int, int]] = {}
-        self._ready: list[tuple[str, tuple[Any, ...]]] = []
         self._lock = threading.Lock()
 
     def add(self, function: str, *arguments: Any) -> None:
@@ -63,58 +63,68 @@ class Calls:
         return buffer in self._lives
 
     def finish(
-        self, elsewhere: dict[Buffer, int] | None = None, kept: Callable[[Buffer], bool] = lambda _: False
+        self,
+        given: Sequence[Buffer],
+        elsewhere: dict[Buffer, int] | None = None,
+        kept: Callable[[Buffer], bool] = lambda _: False,
     ) -> None:
         """Find a place for each buffer and make the calls ready.
 
         Args:
+            given: The order in which a run says where buffers lie that are given; with others that no call names.
             elsewhere: Offsets of buffers in the arena of other calls, which a run is given as well.
             kept: Whether a buffer is needed after the last call.
+        Raises:
+            TypeError: an argument is nothing that a call can be given.
         """
         other = elsewhere or {}
         ours = [b for b in self._lives if not b.given and b not in other]
         self.places, size = plan({b: self._lives[b] for b in ours}, kept)
         self.arena = _rounded(size)
-        self.given = [b for b in self._lives if b.given]
-        numbers = {b: i for i, b in enumerate(self._lives)}
-        structures = [a for _, arguments in self._planned for a in arguments if isinstance(a, Structure)]
-        words = len(numbers) + sum(s.words for s in structures)
-        memory = (ctypes.c_int64 * words)()
-        self._cells = np.frombuffer(memory, dtype=np.int64)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        pointers = {b: ctypes.c_void_p.from_buffer(memory, _WORD * i) for b, i in numbers.items()}
-        homes: dict[Buffer, list[int]] = {b: [i] for b, i in numbers.items()}
-        made: dict[Structure, Any] = {}
-        at = len(numbers)
-        for structure in structures:
-            made[structure] = structure.place(memory, at, homes)
-            at += structure.words
-        ready = {**pointers, **made}
+        bases = {b: (_ARENA, offset) for b, offset in self.places.items()}
+        bases |= {b: (_OTHER, offset) for b, offset in other.items()}
+        bases |= {b: (_FIRST_GIVEN + i, 0) for i, b in enumerate(given)}
+        self._bases = (ctypes.c_int64 * (_FIRST_GIVEN + len(given)))()
+        used = [a for _, arguments in self._planned for a in arguments]
+        count = len(used) + sum(a.words for a in used if isinstance(a, Structure))
+        self._words = (ctypes.c_int64 * count)()
+        homes: list[tuple[int, int, int]] = []  # (word, base, offset)
+        calls: list[tuple[int, int]] = []  # (caller, first word)
+        at, behind = 0, len(used)
         for function, arguments in self._planned:
-            self._ready.append((function, (*(ready.get(a, a) if _known(a) else a for a in arguments), self._threads)))
-        self._ours = _places(homes, self.places)
-        self._others = _places(homes, {b: o for b, o in other.items() if b in self._lives})
-        self._given_cells = np.array([cell for b in self.given for cell in homes[b]], dtype=np.int64)
-        self._given_of = np.array([i for i, b in enumerate(self.given) for _ in homes[b]], dtype=np.int64)
+            calls.append((self._caller(function), at))
+            for argument in arguments:
+                if isinstance(argument, Buffer):
+                    homes.append((at, *bases[argument]))
+                elif isinstance(argument, Structure):
+                    self._words[at] = ctypes.addressof(self._words) + _WORD * behind
+                    homes += [(word, *bases[b]) for word, b in argument.place(self._words, behind)]
+                    behind += argument.words
+                else:
+                    self._words[at] = _word(argument)
+                at += 1
+        self._homes, self._calls = _table(homes), _table(calls)
+        self._arguments = self._words, self._homes, len(homes), self._bases, self._calls, len(calls)
 
     def run(self, arena: int, given: Sequence[int], other: int = 0) -> None:
         """Make all calls.
 
         Args:
             arena: Address of `self.arena` bytes.
-            given: Addresses of `self.given`.
+            given: Addresses of the buffers that `finish` named, in its order.
             other: Address of the arena of `elsewhere`.
         Raises:
             RuntimeError: a call failed.
         """
         with self._lock:  # another thread may run the same model
-            cells = self._cells
-            cells[self._ours[0]] = self._ours[1] + arena
-            cells[self._others[0]] = self._others[1] + other
-            cells[self._given_cells] = np.array(given, dtype=np.int64)[self._given_of]
-            self._threads.value = torch.get_num_threads()
-            for function, arguments in self._ready:
-                if getattr(self.library, function)(*arguments):
-                    check(self.library, 1)
+            self._bases[:] = (arena, other, *given)
+            check(self.library, self.library.sfx_run(*self._arguments, torch.get_num_threads()))
+
+    def _caller(self, function: str) -> int:
+        caller = self.library.sfx_caller(function.encode())
+        if caller is None:
+            raise TypeError(f"{function}: expected a function that calls.cpp knows, got another; add it there")
+        return caller
 
 
 class Structure:
@@ -128,15 +138,16 @@ class Structure:
         self.kind, self.fields = kind, fields
         self.words = -(-ctypes.sizeof(kind) // _WORD)
 
-    def place(self, memory: ctypes.Array, at: int, homes: dict[Buffer, list[int]]) -> Any:
-        """Make it at word `at` of `memory`, note the cells of its buffers, and return the argument."""
+    def place(self, memory: ctypes.Array, at: int) -> list[tuple[int, Buffer]]:
+        """Make it at word `at` of `memory`, and tell the words that hold addresses of buffers."""
         made = self.kind.from_buffer(memory, _WORD * at)
+        found = []
         for name, value in self.fields.items():
             if isinstance(value, Buffer):
-                homes[value].append(at + getattr(self.kind, name).offset // _WORD)
+                found.append((at + getattr(self.kind, name).offset // _WORD, value))
             else:
                 setattr(made, name, value)
-        return ctypes.byref(made)
+        return found
 
 
 def plan(lives: dict[Buffer, tuple[int, int]], kept: Callable[[Buffer], bool]) -> tuple[dict[Buffer, int], int]:
@@ -171,12 +182,13 @@ def _rounded(size: int) -> int:
     return -(-size // step) * step
 
 
-def _places(homes: dict[Buffer, list[int]], offsets: dict[Buffer, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Cells that hold addresses in an arena, and the offsets to add to its own."""
-    pairs = [(cell, offset) for b, offset in offsets.items() for cell in homes[b]]
-    cells = np.array([cell for cell, _ in pairs], dtype=np.int64)
-    return cells, np.array([offset for _, offset in pairs], dtype=np.int64)
+def _word(argument: Any) -> int:
+    """A number, an array that the caller keeps, or nothing, as a word."""
+    if isinstance(argument, ctypes.Array):
+        return ctypes.addressof(argument)
+    return 0 if argument is None else operator.index(argument)
 
 
-def _known(argument: Any) -> bool:
-    return isinstance(argument, Buffer | Structure)
+def _table(rows: Sequence[tuple[int, ...]]) -> ctypes.Array:
+    flat = [value for row in rows for value in row]
+    return (ctypes.c_int64 * len(flat))(*flat)

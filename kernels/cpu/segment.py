@@ -39,11 +39,6 @@ class Parameter:
     last: bool
     wants: bool
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor, *, wants: bool) -> "Parameter":
-        """Stand for a tensor."""
-        return cls(Buffer(tensor.nbytes, given=True), tensor.shape, is_channels_last(tensor), wants)
-
 
 @dataclass(frozen=True, eq=False)
 class Value:
@@ -97,8 +92,10 @@ class Segment:
         images: How many images activations hold.
         grad: Whether a backward pass may follow.
     Attributes:
-        forward: Calls of the forward pass, once `finish` was called.
+        forward: Calls of the forward pass, once `finish` was called, on `inputs`, `outputs` and `parameters`.
         inputs, outputs: Activations that a run is given, and those that it gives.
+        parameters: In the order in which a run is given them.
+        learned: Indices of those whose gradient a backward pass gives.
         read: Whether a backward pass reads each of the outputs.
     """
 
@@ -108,6 +105,8 @@ class Segment:
         self.forward = Calls(library)
         self.inputs: list[Value] = []
         self.outputs: list[Value] = []
+        self.parameters: list[Parameter] = []
+        self.learned: list[int] = []
         self.read: list[bool] = []
         self._backward: dict[frozenset[Parameter], Backward] = {}
         self._tape: list[Callable[[Backward], None]] = []
@@ -118,6 +117,13 @@ class Segment:
         value = Value(Buffer(_FLOAT * torch.Size(shape).numel(), given=True), tuple(shape), wants and self.grad)
         self.inputs.append(value)
         return value
+
+    def parameter(self, tensor: torch.Tensor) -> Parameter:
+        """A tensor of a layer, and the next that a run is given."""
+        wants = tensor.requires_grad and self.grad
+        made = Parameter(Buffer(tensor.nbytes, given=True), tensor.shape, is_channels_last(tensor), wants)
+        self.parameters.append(made)
+        return made
 
     def conv(
         self,
@@ -332,13 +338,19 @@ class Segment:
     def finish(self, outputs: Sequence[Value]) -> None:
         """Plan memory. Outputs are plain activations that the segment computes, and are given memory at each run."""
         self.outputs = list(outputs)
+        self.learned = [i for i, parameter in enumerate(self.parameters) if parameter.wants]
         for value in outputs:
             value.buffer.given = True
         first = self.backward(()) if self.grad else None
         self.read = [first is not None and first.calls.uses(value.buffer) for value in outputs]
-        self.forward.finish(kept=first.calls.uses if first is not None else lambda _: False)
+        self.forward.finish(self.given, kept=first.calls.uses if first is not None else lambda _: False)
         for backward in self._backward.values():
             backward.finish()
+
+    @property
+    def given(self) -> list[Buffer]:
+        """What the forward pass is given memory for."""
+        return [thing.buffer for thing in (*self.inputs, *self.outputs, *self.parameters)]
 
     def backward(self, dense: Collection[Parameter]) -> "Backward":
         """The backward pass that gives the gradient of all weights for those in `dense`."""
@@ -360,8 +372,13 @@ class Backward:
 
     Attributes:
         dense: Weights whose gradient is taken of all weights.
+        calls: On what the forward pass is given, then on `grads`, then on what is `made`; once `finish` was called.
         grads: Memory of the gradient of each of the segment's outputs.
         gradients: What it computes, by parameter.
+        made: Shapes, and whether in channels_last, of the tensors that a run makes.
+        zeros: Where in `grads` and then `made` those are that are zero.
+        returned: Where there the gradient of each of the segment's inputs and learned parameters is; None for none.
+        masked, dense_of: Where the gradient of a parameter is, and its gradient of all weights.
     """
 
     def __init__(self, segment: Segment, dense: frozenset[Parameter]) -> None:
@@ -409,4 +426,26 @@ class Backward:
 
     def finish(self) -> None:
         """Plan memory: the forward pass has its own."""
-        self.calls.finish(self.segment.forward.places)
+        segment = self.segment
+        self.made: list[tuple[Sequence[int], bool]] = []
+        self.zeros: list[int] = []
+        self.masked: dict[Parameter, int] = {}
+        self.dense_of: dict[Parameter, int] = {}
+        places = {buffer: i for i, buffer in enumerate(self.grads)}
+
+        def place(buffer: Buffer, shape: Sequence[int], last: bool = False) -> int:
+            if buffer not in places:
+                places[buffer] = len(places)
+                self.made.append((shape, last))
+            return places[buffer]
+
+        totals = [(value, self.total(value)) for value in segment.inputs]
+        self.returned = [None if total is None else place(total, value.shape) for value, total in totals]
+        for parameter, gradient in self.gradients.items():
+            self.masked[parameter] = at = place(gradient.buffer or Buffer(0), parameter.shape, parameter.last)
+            if gradient.buffer is None:
+                self.zeros.append(at)
+            if gradient.dense is not None:
+                self.dense_of[parameter] = place(gradient.dense, parameter.shape, parameter.last)
+        self.returned += [self.masked.get(segment.parameters[i]) for i in segment.learned]
+        self.calls.finish([*segment.given, *places], segment.forward.places)

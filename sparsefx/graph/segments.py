@@ -23,7 +23,7 @@ from sparsefx.kernels.cpu import ConvPlan
 from sparsefx.kernels.cpu.abi import load
 from sparsefx.kernels.cpu.dense_wgrad import outer_products_pay
 from sparsefx.kernels.cpu.segment import Parameter, Segment, Value
-from sparsefx.kernels.masking import compiles, multiplies
+from sparsefx.kernels.masking import Masks, compiles, multiplies
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.segment import Step
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
@@ -35,6 +35,8 @@ _KINDS = {blocked.conv, blocked.batch_norm, blocked.prepare, blocked.max_pool, r
 _OFF = os.environ.get("SPARSEFX_SEGMENTS") == "off"
 _FEWEST = 2
 """Layers of a program."""
+_OF_MASKED = ("weight", MASK, "bias")
+_OF_NORM = ("weight", "bias", "running_mean", "running_var")
 _MOST_KINDS = 16
 """Kinds of calls that are kept: ever new sizes of inputs would keep ever more."""
 
@@ -226,15 +228,14 @@ class Piece:
         if _observed() or not compiles() or not all(_plain(t) for t in tensors):
             return None
         grad = torch.is_grad_enabled()
-        state = (
-            *(_masked_state(layer, grad) for layer in self.masked),
-            *(_norm_state(layer, grad) for layer in self.norms),
-        )
-        if None in state:
-            return None
         key = (tuple((t.shape, t.requires_grad and grad) for t in tensors), tuple(given[i] for i in self.images), grad)
         program = self._programs.get(key)
-        if program is not None and program.state == state and program.holds():
+        if program is not None and program.holds():
+            return program
+        state = self.state(grad)
+        if state is None:
+            return None
+        if program is not None and program.renewed(state):
             return program
         self._programs.pop(key, None)
         if len(self._programs) >= _MOST_KINDS:
@@ -246,6 +247,14 @@ class Piece:
             others += [] if reason.layer is None else [reason.layer]
             return None
         return made
+
+    def state(self, grad: bool) -> tuple | None:
+        """What a program depends on of its layers beside their masks; None where there can be none."""
+        state = (
+            *(_masked_state(layer, grad) for layer in self.masked),
+            *(_norm_state(layer, grad) for layer in self.norms),
+        )
+        return None if None in state else state
 
 
 class Unsettled(Exception):
@@ -259,7 +268,7 @@ class Unsettled(Exception):
 class Program:
     """A run of layers for one shape of inputs and one set of masks.
 
-    Attributes:
+    Args:
         state: Of the layers, on which it depends.
     Raises:
         Unsettled: it cannot be made yet.
@@ -268,9 +277,12 @@ class Program:
     def __init__(self, piece: Piece, tensors: Sequence[Tensor], images: set[int], state: tuple, grad: bool) -> None:
         if len(images) != 1:
             raise Unsettled
-        self.piece, self.state = piece, state
+        self.piece, self._state = piece, state
         self.segment = Segment(load(), images.pop(), grad=grad)
-        self._parameters: list[tuple[Parameter, nn.Module, str]] = []
+        self._seen: list[tuple[nn.Module, str]] = []
+        self._seen += [(layer, name) for layer in piece.masked for name in _OF_MASKED]
+        self._seen += [(norm, name) for norm in piece.norms for name in _OF_NORM]
+        self._parameters: list[int] = []  # which of these the segment's are
         self._weights: dict[Parameter, Runtime] = {}
         self._plans: list[tuple[SparseLayer, Any]] = []
         self._windows: list[Runtime] = []  # whose sparse weight gradient has not been chosen
@@ -285,18 +297,46 @@ class Program:
         if any(buffer.given for buffer in buffers) or len(set(buffers)) < len(buffers):
             raise Unsettled  # an output is the memory of an input or of another output
         self.segment.finish(outputs)
+        self._look()
 
     def holds(self) -> bool:
-        """Whether the masks are those for which it was made, and it computes what is wanted."""
+        """Whether the layers are what they were when it was last looked: a few microseconds a model, at every call."""
+        tensors = [_tensor(layer, name) for layer, name in self._seen]
+        return (
+            all(map(operator.is_, tensors, self._tensors))
+            and list(map(_stamp, tensors)) == self._stamps
+            and all(layer.__dict__["_bound"]() is layer._parameters["weight"] for layer, _ in self._plans)
+            and all(_modes(norm) == modes for norm, modes in self._norms)
+            and all(_plan(layer) is plan for layer, plan in self._plans)
+            and all(runtime.collecting for runtime in self._windows)
+            and (self._masks is None or self._masks.same())
+        )
+
+    def renewed(self, state: tuple) -> bool:
+        """Whether it computes what is wanted of layers that have changed; they are looked at anew.
+
+        Args:
+            state: That of the layers now.
+        """
+        if state != self._state or not all(runtime.collecting for runtime in self._windows):
+            return False
         for layer, plan in self._plans:
             if _plan(layer) is not plan or plan.stale(layer.weight_mask):
                 return False
-        return all(runtime.collecting for runtime in self._windows)
+        self._look()
+        return True
+
+    def _look(self) -> None:
+        self._tensors = [_tensor(layer, name) for layer, name in self._seen]
+        self._stamps = list(map(_stamp, self._tensors))
+        self._norms = [(norm, _modes(norm)) for norm in self.piece.norms]
+        pairs = [(plan.bits, layer.weight_mask) for layer, plan in self._plans]
+        self._masks = Masks(pairs) if pairs else None
 
     def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The outputs of the layers."""
-        parameters = [(p, _tensor(layer, name)) for p, layer, name in self._parameters]
+        """The outputs of the layers, which are what they were when it was last looked."""
         self._count()
+        parameters = [self._tensors[i] for i in self._parameters]
         return Step(self.segment, parameters, self._weights, self._again).run(tensors)
 
     def _count(self) -> None:
@@ -412,7 +452,7 @@ class Program:
     def _known(self, layer: SparseLayer) -> Any:
         """The plan of a layer's mask."""
         plan = _plan(layer)
-        if plan is None or plan.stale(layer.weight_mask):
+        if plan is None or plan.stale(layer.weight_mask) or plan.bits is None:
             raise Unsettled
         return plan
 
@@ -427,14 +467,18 @@ class Program:
         tensor = _tensor(layer, name)
         if tensor is None:
             return None
-        parameter = Parameter.of(tensor, wants=tensor.requires_grad)
-        self._parameters.append((parameter, layer, name))
-        return parameter
+        self._parameters.append(self._seen.index((layer, name)))
+        return self.segment.parameter(tensor)
 
 
 def _tensor(layer: nn.Module, name: str) -> Any:
     found = layer._parameters.get(name)
     return layer._buffers.get(name) if found is None else found
+
+
+def _stamp(tensor: Tensor | None) -> tuple | None:
+    """What tells whether a tensor still is where and as it was."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.stride(), tensor.dtype, tensor.requires_grad)
 
 
 def _masked_state(layer: SparseLayer, grad: bool) -> tuple | None:
@@ -449,13 +493,17 @@ def _masked_state(layer: SparseLayer, grad: bool) -> tuple | None:
 
 def _norm_state(layer: nn.BatchNorm2d, grad: bool) -> tuple | None:
     """The same for a BatchNorm."""
-    tensors = *layer._parameters.values(), layer._buffers.get("running_mean"), layer._buffers.get("running_var")
+    tensors = [_tensor(layer, name) for name in _OF_NORM]
     if any(t is not None and not _fits(t) for t in tensors):
         return None
     if layer.momentum is None and blocked.tracks(layer):
         return None
     wants = tuple(None if t is None else t.requires_grad and grad for t in tensors)
-    return layer.training, layer.track_running_stats, layer.momentum, layer.eps, wants
+    return *_modes(layer), wants
+
+
+def _modes(layer: nn.BatchNorm2d) -> tuple:
+    return layer.training, layer.track_running_stats, layer.momentum, layer.eps
 
 
 def _fits(tensor: Tensor) -> bool:

@@ -91,7 +91,8 @@ void sfx_masked_fold(float* moment, const float* collected, float* weight, const
                      float alpha, int threads);
 // bits: one for each of the mask's n bytes, in words of 64, set where the byte is not zero.
 void sfx_mask_pack(const uint8_t* mask, uint64_t* bits, int64_t n, int threads);
-int sfx_mask_same(const uint8_t* mask, const uint64_t* bits, int64_t n, int threads);
+// Whether all of `count` masks have the bits that sfx_mask_pack found: (mask, bits, n) of each as three words.
+int sfx_masks_same(const int64_t* masks, int64_t count, int threads);
 // out = a + b.
 void sfx_add(const float* a, const float* b, float* out, int64_t n, int threads);
 // sums[c]: of column c of x [rows, columns].
@@ -108,6 +109,14 @@ struct SfxPool {
 };
 void sfx_max_pool(int backward, int dtype, const SfxPool* pool, const SfxPrologue* prologue, int64_t images,
                   int64_t channels, const void* from, void* to, uint8_t* taps, int threads);
+
+// What sfx_run needs to call the function of this name, which takes integers and pointers, and last the threads; null if
+// there is none.
+void* sfx_caller(const char* name);
+// Makes `n_calls` calls, each of a caller and the word at which its arguments begin, one word each but for the threads.
+// First words[cell] = bases[base] + offset for `n_homes` of (cell, base, offset). Stops at the first call that fails.
+int sfx_run(int64_t* words, const int64_t* homes, int64_t n_homes, const int64_t* bases, const int64_t* calls,
+            int64_t n_calls, int threads);
 
 // Asks for huge pages for memory that is about to be written for the first time.
 void sfx_advise(void* data, int64_t bytes);

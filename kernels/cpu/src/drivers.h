@@ -14,7 +14,7 @@ namespace sfx {
 // out[n] = value of each entry in list order, from `values` in Pattern order.
 inline void permute(const Lists& lists, const float* values, float* out, int threads) {
   const int64_t n = lists.entries();
-#pragma omp parallel for num_threads(threads) if (threads > 1 && n > 20000) schedule(static)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && n > FORK_ENTRIES) schedule(static)
   for (int64_t k = 0; k < n; ++k) out[k] = values[lists.source[k]];
 }
 
@@ -213,7 +213,7 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
     }
     std::memcpy(result + split * entries + e0, partial, n * 4);
   }
-#pragma omp parallel for num_threads(threads) if (threads > 1 && entries > 20000) schedule(static)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && entries > FORK_ENTRIES) schedule(static)
   for (int64_t k = 0; k < entries; ++k) {
     float total = 0;
     for (int64_t s = 0; s < splits; ++s) total += result[s * entries + k];

@@ -34,7 +34,7 @@ int64_t blocks_of(int64_t images) { return (images + BLOCK - 1) / BLOCK; }
 // values[e] = weight of existing weight e, in Pattern order.
 template <class T>
 void collect(const Pattern& p, const uint32_t* column, const T* weight, float* values, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && p.nnz() > 20000) schedule(static)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && p.nnz() > FORK_ENTRIES) schedule(static)
   for (int64_t o = 0; o < p.shape.out; ++o)
     for (uint32_t e = p.row[o]; e < p.row[o + 1]; ++e)
       values[e] = to_float(weight[o * p.row_size() + column[e]]);
@@ -110,7 +110,7 @@ void linear_rows(const Pattern& p, const T* in, int64_t images, const float* val
   float* x = reinterpret_cast<float*>(scratch(0, p.shape.in * 4 + 64));
   for (int64_t n = 0; n < images; ++n) {
     for (int64_t i = 0; i < p.shape.in; ++i) x[i] = to_float(in[n * p.shape.in + i]);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && p.nnz() > 20000) schedule(static)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && p.nnz() > FORK_ENTRIES) schedule(static)
     for (int64_t o = 0; o < p.shape.out; ++o) {
       float sum = 0;
 #pragma omp simd reduction(+ : sum)

@@ -61,11 +61,14 @@ void sfx_mask_pack(const uint8_t* mask, uint64_t* bits, int64_t n, int threads) 
   each_word(mask, n, sfx::team(threads), [&](int64_t w, uint64_t found) { bits[w] = found; });
 }
 
-int sfx_mask_same(const uint8_t* mask, const uint64_t* bits, int64_t n, int threads) {
+int sfx_masks_same(const int64_t* masks, int64_t count, int threads) {
   std::atomic<bool> same{true};
-  each_word(mask, n, sfx::team(threads), [&](int64_t w, uint64_t found) {
-    if (found != bits[w]) same.store(false, std::memory_order_relaxed);
-  });
+  for (const int64_t* m = masks; m < masks + 3 * count && same; m += 3) {
+    const uint64_t* bits = reinterpret_cast<const uint64_t*>(m[1]);
+    each_word(reinterpret_cast<const uint8_t*>(m[0]), m[2], sfx::team(threads), [&](int64_t w, uint64_t found) {
+      if (found != bits[w]) same.store(false, std::memory_order_relaxed);
+    });
+  }
   return same;
 }
 
