@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsefx.kernels.cpu.abi import empty, load, pointer
 from sparsefx.kernels.cpu.build import CompilerUnavailable
-from sparsefx.kernels.cpu.dense_wgrad import FEWEST_LANES, MOST_ROWS, linear_dense_wgrad
+from sparsefx.kernels.cpu.linear_dense import FEWEST_LANES, MOST_ROWS, linear_dense_wgrad
 
 _Sums = ctypes.c_double * 2
 

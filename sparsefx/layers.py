@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsefx.errors import CheckpointError, LayerError, MaskError
 from sparsefx.kernels import ops
+from sparsefx.kernels.dense_cpu import DENSE_CPU
 from sparsefx.kernels.masking import masked_
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
@@ -255,6 +256,16 @@ class SparseLinear(SparseLayer, nn.Linear):
         else:
             x, weight, bias = self._operands(input)
             out = ops.linear(x, weight, bias, self.weight_mask, self._runtime.handle, only)
+        return F.relu(out) if relu else out
+
+    def run_joined(self, input: Tensor, relu: bool = False) -> Tensor:
+        """`forward` with dense kernels of our own in every pass, where they take the input; then a ReLU."""
+        cast = torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)
+        if cast or self._full or not DENSE_CPU.takes(input, self.weight):
+            out = self.run_dense(input)
+        else:
+            x, weight, bias = self._operands(input)
+            out = ops.linear(x, weight, bias, self.weight_mask, self._runtime.handle, DENSE_CPU)
         return F.relu(out) if relu else out
 
     def run_dense(self, input: Tensor) -> Tensor:

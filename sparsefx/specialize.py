@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsefx import choices
 from sparsefx.errors import BackendWarning
 from sparsefx.graph.regions import DENSE as DENSE_GRAPH
-from sparsefx.graph.regions import LAYERS
+from sparsefx.graph.regions import JOINED, LAYERS
 from sparsefx.graph.regions import SPARSE as SPARSE_GRAPH
 from sparsefx.kernels.blocked import CONVERTED_DENSE, Converted
 from sparsefx.kernels.compaction import Compaction
@@ -114,7 +114,7 @@ class Specializer:
         chosen = dict.fromkeys(PASSES, "dense")
         if self._runs_sparse(layer):
             return dict.fromkeys(PASSES, "sparse")
-        if plan is not None and self.graph != DENSE_GRAPH:
+        if plan is not None and self.graph not in (DENSE_GRAPH, JOINED):
             chosen.update({key[0]: name for key, name in plan.choices.items()})
             chosen.update({kind: plan.choices[key] for kind, key in plan.running.items()})
         return chosen

@@ -28,6 +28,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sfx_conv_wgrad": (_INT, [_P, _INT, _P, _P, _I64, _I64, _I64, _P, _P, _INT]),
     "sfx_conv_dense_wgrad": (_INT, [_P, _P, _P, _I64, _I64, _I64, _INT, _INT, _P, _INT]),
     "sfx_linear_dense_wgrad": (_INT, [_P, _P, _I64, _I64, _I64, _P, _P, _P, _INT]),
+    "sfx_linear_dense_fprop": (_INT, [_P, _P, _I64, _I64, _I64, _P, _INT, _P, _INT]),
+    "sfx_linear_dense_dgrad": (_INT, [_P, _P, _I64, _I64, _I64, _P, _INT]),
     "sfx_linear_gather": (_INT, [_P, _INT, _INT, _P, _I64, _P, _P, _P, _INT, _P, _INT]),
     "sfx_linear_wgrad": (_INT, [_P, _INT, _P, _P, _I64, _INT, _P, _INT]),
     "sfx_conv_pixels": (_INT, [_P, _INT, _P, _I64, _I64, _I64, _P, _P, _INT, _P, _INT]),

@@ -1,4 +1,4 @@
-"""Dense weight gradients: of a convolution on blocked activations, of a linear layer with its mask."""
+"""The dense weight gradient of a convolution on blocked activations."""
 
 import ctypes
 
@@ -6,13 +6,10 @@ import torch
 
 from sparsefx.kernels.spec import ConvSpec, is_channels_last
 
-from .abi import BLOCK, check, empty, load, pointer, require
+from .abi import BLOCK, check, load, pointer, require
 
 FEW_OUTPUTS = 16
 """A group with fewer leaves lanes, which are output channels, empty."""
-MOST_ROWS, FEWEST_LANES = 512, 8
-"""Beyond these the vendor's product of a linear layer and a pass that masks it are faster: sums over more rows, whose
-tiles leave the caches; and vectors of fewer lanes than the vendor's."""
 
 
 def outer_products_pay(weight: torch.Tensor, groups: int) -> bool:
@@ -78,34 +75,3 @@ def uses_amx(library: ctypes.CDLL, shape: ctypes.Array, blocks: int) -> bool:
     """
     outs, ins, taps = shape[0] // shape[-1], shape[1] // shape[-1], shape[2] * shape[3]
     return bool(library.sfx_amx()) and min(outs, ins) >= 16 and blocks > 1 and (taps > 4 or ins >= 256)
-
-
-def linear_dense_wgrad(
-    grad: torch.Tensor, x: torch.Tensor, mask: torch.Tensor, *, keep: bool = False, isa: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight gradient of a linear layer, zero where `mask` is False; and, if `keep`, that of all weights.
-
-    Args:
-        grad: `[N, O]` fp32.
-        x: `[N, I]` fp32.
-        mask: `[O, I]` bool, True where a weight exists.
-        isa: As for `dense_wgrad`.
-    Raises:
-        ValueError: the shapes do not fit each other.
-    """
-    require("grad", grad, dtype=torch.float32, dims=2)
-    require("x", x, dtype=torch.float32, dims=2)
-    if grad.shape[0] != x.shape[0] or mask.shape != (grad.shape[1], x.shape[1]) or not mask.is_contiguous():
-        raise ValueError(
-            f"grad: expected [N, O] for x [N, I] and a contiguous mask [O, I], got {tuple(grad.shape)}, "
-            f"{tuple(x.shape)} and {tuple(mask.shape)}; pass the layer's own tensors"
-        )
-    lib = load(isa)
-    out = empty(lib, mask.shape, torch.float32)
-    dense = empty(lib, mask.shape, torch.float32) if keep else None
-    status = lib.sfx_linear_dense_wgrad(
-        pointer(grad), pointer(x), x.shape[0], *mask.shape, pointer(mask), pointer(out), pointer(dense),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    check(lib, status)
-    return out, dense

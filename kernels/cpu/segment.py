@@ -213,7 +213,7 @@ class Segment:
     ) -> Value:
         """A linear layer, then a ReLU."""
         self._plans.append(plan)
-        (rows, features), outs = x.shape, plan.mask_shape[0]
+        rows, outs = x.shape[0], plan.mask_shape[0]
         wants = self.grad and (x.wants or weight.wants or (bias is not None and bias.wants))
         y, values = Value(floats((rows, outs)), (rows, outs), wants), Buffer(_FLOAT * plan.nnz)
         given = None if bias is None else bias.buffer
@@ -224,28 +224,62 @@ class Segment:
             self.forward.add("sfx_linear_gather", plan.handle, PASSES["fprop"], *arguments)
 
         def backward(b: Backward) -> None:
-            grad = b.arriving(y, relu)
+            grad = self._linear_grad(b, y, bias, relu=relu)
             if grad is None:
                 return
-            if bias is not None and bias.wants:
-                sums = b.result(bias)
-                b.calls.add("sfx_column_sums", grad, rows, outs, sums)
-                b.gradients[bias] = Gradient(sums)
             if x.wants:
                 for_x, gathers = floats(x.shape), (plan.handle, PASSES["dgrad"], FP32)
                 b.calls.add("sfx_linear_gather", *gathers, grad, rows, None, values, None, False, for_x)
                 b.contribute(x, for_x)
-            if not weight.wants:
-                return
-            out, whole = b.result(weight), b.result(weight) if weight in b.dense else None
-            if whole is None:
+            if weight.wants and weight in b.dense:
+                self._masked_product(b, grad, x, weight, mask)
+            elif weight.wants:
+                out = b.result(weight)
                 b.calls.add("sfx_linear_wgrad", plan.handle, FP32, grad, x.buffer, rows, FP32, out)
-            else:
-                b.calls.add("sfx_linear_dense_wgrad", grad, x.buffer, rows, outs, features, mask.buffer, out, whole)
-            b.gradients[weight] = Gradient(out, whole)
+                b.gradients[weight] = Gradient(out)
 
         self._tape.append(backward)
         return y
+
+    def dense_linear(
+        self, x: Value, weight: Parameter, mask: Parameter, bias: Parameter | None, *, relu: bool
+    ) -> Value:
+        """A linear layer that multiplies by missing weights, which are zero; then a ReLU."""
+        (rows, features), outs = x.shape, weight.shape[0]
+        wants = self.grad and (x.wants or weight.wants or (bias is not None and bias.wants))
+        y, shape = Value(floats((rows, outs)), (rows, outs), wants), (rows, outs, features)
+        given = None if bias is None else bias.buffer
+        self.forward.add("sfx_linear_dense_fprop", x.buffer, weight.buffer, *shape, given, relu, y.buffer)
+
+        def backward(b: Backward) -> None:
+            grad = self._linear_grad(b, y, bias, relu=relu)
+            if grad is None:
+                return
+            if x.wants:
+                for_x = floats(x.shape)
+                b.calls.add("sfx_linear_dense_dgrad", grad, weight.buffer, *shape, for_x)
+                b.contribute(x, for_x)
+            if weight.wants:
+                self._masked_product(b, grad, x, weight, mask)
+
+        self._tape.append(backward)
+        return y
+
+    def _linear_grad(self, b: "Backward", y: Value, bias: Parameter | None, *, relu: bool) -> Buffer | None:
+        """The gradient that arrives at a linear layer, behind its ReLU, summed for the bias."""
+        grad = b.arriving(y, relu)
+        if grad is not None and bias is not None and bias.wants:
+            sums = b.result(bias)
+            b.calls.add("sfx_column_sums", grad, *y.shape, sums)
+            b.gradients[bias] = Gradient(sums)
+        return grad
+
+    def _masked_product(self, b: "Backward", grad: Buffer, x: Value, weight: Parameter, mask: Parameter) -> None:
+        """The gradient of a linear layer's weight by a dense product, which is kept where it is asked for."""
+        out, whole = b.result(weight), b.result(weight) if weight in b.dense else None
+        shape = x.shape[0], *weight.shape
+        b.calls.add("sfx_linear_dense_wgrad", grad, x.buffer, *shape, mask.buffer, out, whole)
+        b.gradients[weight] = Gradient(out, whole)
 
     def norm(
         self,

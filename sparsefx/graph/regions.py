@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from sparsefx.errors import TraceWarning
-from sparsefx.graph.chains import chains
+from sparsefx.graph.chains import chains, run_joined, run_sparse
 from sparsefx.graph.dense import dense
 from sparsefx.graph.fuse import fuse
 from sparsefx.graph.layout import DTYPES, assign, record
@@ -26,7 +26,7 @@ from sparsefx.layers import SparseLayer
 Choose = Callable[[tuple, dict[str, Callable[[], Any]]], str]
 """`(key, calls) -> name` of the call to prefer, by measurement or from a table; asked again when its attribute
 `generation` changes, as after a table was loaded. Its attribute `running` is told what each call runs."""
-LAYERS, REGIONS, DENSE, SPARSE = "layers", "regions", "dense", "sparse"
+LAYERS, REGIONS, DENSE, SPARSE, JOINED = "layers", "regions", "dense", "sparse", "joined dense"
 """Names of the graphs to choose from."""
 _TOLERANCE = 1e-2
 """Relative norm of the difference between both graphs' outputs: kernels round differently, and a wrong graph is far."""
@@ -171,8 +171,10 @@ class Chooser:
         if kind not in self._built:
             built = [Variant(DENSE, *dense(self.model, self.old))]
             built += restored(partial(self._regions, inputs))[0]
-            if (sparse := chains(self.model, self.old)) is not None:
-                built.append(Variant(SPARSE, *sparse, model=self.model))
+            if (sparse := chains(self.model, self.old, run_sparse)) is not None:
+                built.append(Variant(SPARSE, *sparse[:2], model=self.model))
+            if (joined := chains(self.model, self.old, run_joined)) is not None:
+                built.append(Variant(JOINED, *joined, model=self.model))
             self._built[kind] = {variant.name: variant for variant in built}
         return self._built[kind]
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from sparsefx import blocked
-from sparsefx.graph.chains import run_sparse
+from sparsefx.graph.chains import RUNS, run_sparse
 from sparsefx.graph.trace import function
 from sparsefx.kernels.blocked import CONVERTED_DENSE
 from sparsefx.kernels.cpu import ConvPlan
@@ -31,7 +31,7 @@ from sparsefx.layers import MASK, SparseConv2d, SparseLayer, SparseLinear
 
 Node = Any
 """An `fx.Node`, whose arguments are typed too widely to follow."""
-_KINDS = {blocked.conv, blocked.batch_norm, blocked.prepare, blocked.max_pool, run_sparse}
+_KINDS = {blocked.conv, blocked.batch_norm, blocked.prepare, blocked.max_pool, *RUNS}
 _OFF = os.environ.get("SPARSEFX_SEGMENTS") == "off"
 _FEWEST = 2
 """Layers of a program."""
@@ -365,9 +365,9 @@ class Program:
         if node.target is operator.getitem:
             return values[node.args[0]][node.args[1]]
         x: Value = values[node.args[1]]
-        if len(x.shape) != (2 if node.target is run_sparse else 5):
+        if len(x.shape) != (2 if node.target in RUNS else 5):
             raise Unsettled(node)
-        if node.target is run_sparse:
+        if node.target in RUNS:
             return self._linear(node, x)
         if node.target is blocked.max_pool:
             return self._max_pool(node, x)
@@ -437,17 +437,23 @@ class Program:
 
     def _linear(self, node: Node, x: Value) -> Value:
         layer: SparseLinear = _layer(self.piece.model, node)
-        known = self._known(layer)
-        backend = known.backends.get(("sparse", None))
-        if backend is None:
-            raise Unsettled
-        weight, mask, bias = (self._parameter(layer, name) for name in ("weight", MASK, "bias"))
-        if self.segment.grad and weight.wants:
+        plan = None
+        if node.target is run_sparse:
+            known = self._known(layer)
+            backend = known.backends.get(("sparse", None))
+            if backend is None:
+                raise Unsettled
+            self._plans.append((layer, known))
+            plan = backend.linear
+        weight, mask, bias = (self._parameter(layer, name) for name in _OF_MASKED)
+        if (plan is None or (self.segment.grad and weight.wants)) and not multiplies(x.shape[0]):
+            raise Unsettled(node)
+        if weight.wants:
             self._weights[weight] = layer.runtime
-            if not multiplies(x.shape[0]):
-                raise Unsettled(node)
-        self._plans.append((layer, known))
-        return self.segment.linear(backend.linear, x, weight, mask, bias, relu=bool(node.kwargs.get("relu")))
+        relu = bool(node.kwargs.get("relu"))
+        if plan is None:
+            return self.segment.dense_linear(x, weight, mask, bias, relu=relu)
+        return self.segment.linear(plan, x, weight, mask, bias, relu=relu)
 
     def _known(self, layer: SparseLayer) -> Any:
         """The plan of a layer's mask."""

@@ -384,12 +384,13 @@ class Chain(nn.Module):
         return self.head(torch.relu(self.three(y)) + y)
 
 
-@pytest.fixture
-def chained(monkeypatch):
-    """The sparse graph wherever there is one."""
+@pytest.fixture(params=["sparse", "joined dense"])
+def chained(monkeypatch, request) -> str:
+    """The graph of linear layers with sparse kernels, or with dense ones, wherever there is one."""
     monkeypatch.setattr(
-        Specializer, "choose_graph", lambda self, key, calls: "sparse" if "sparse" in calls else "layers"
+        Specializer, "choose_graph", lambda self, key, calls: request.param if request.param in calls else "layers"
     )
+    return request.param
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 37])
@@ -415,8 +416,8 @@ def test_a_chain_of_linear_layers_gives_the_same_bits(ran, one_by_one, chained, 
     twin = Chain()
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if not k.endswith("_mask")})
     assert relative(found[1][-1], twin.double()(x.double())) < 1e-5
-    assert model.scheduler.specializer.graph == "sparse"
-    assert str(sparsefx.summary(model)).count("sparse/sparse/sparse") == 4
+    assert model.scheduler.specializer.graph == chained
+    assert str(sparsefx.summary(model)).count("/".join([chained.split()[-1]] * 3)) == 4
 
 
 def test_a_chain_trains_through_windows_as_layer_by_layer(ran, one_by_one, chained):

@@ -45,6 +45,11 @@ int sfx_conv_dense_wgrad(const int64_t* shape, const float* grad, const float* i
 // The same of a linear layer, zero where mask is, and in `dense`, unless it is null, everywhere.
 int sfx_linear_dense_wgrad(const float* grad, const float* in, int64_t rows, int64_t outs, int64_t ins,
                            const uint8_t* mask, float* masked, float* dense, int threads);
+// Forward and input gradient with all weights [outs, ins], fp32; bias may be null.
+int sfx_linear_dense_fprop(const float* in, const float* weight, int64_t rows, int64_t outs, int64_t ins,
+                           const float* bias, int relu, float* out, int threads);
+int sfx_linear_dense_dgrad(const float* grad, const float* weight, int64_t rows, int64_t outs, int64_t ins, float* out,
+                           int threads);
 // Linear layers take the values, or a dense weight of `dtype` that is collected into them first; and give a dense
 // gradient of the weight, zero where none exists.
 int sfx_linear_gather(void* layer, int kind, int dtype, const void* in, int64_t images, const void* weight,

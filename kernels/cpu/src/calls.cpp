@@ -44,12 +44,12 @@ struct Known {
 };
 #define SFX_KNOWN(f) {#f, Words<f>::run}
 constexpr Known KNOWN[] = {
-    SFX_KNOWN(sfx_layer_collect),      SFX_KNOWN(sfx_layer_scatter), SFX_KNOWN(sfx_conv_gather),
-    SFX_KNOWN(sfx_conv_wgrad),         SFX_KNOWN(sfx_linear_rows),   SFX_KNOWN(sfx_conv_dense_wgrad),
-    SFX_KNOWN(sfx_linear_gather),      SFX_KNOWN(sfx_linear_wgrad),  SFX_KNOWN(sfx_linear_dense_wgrad),
-    SFX_KNOWN(sfx_norm),               SFX_KNOWN(sfx_channel_sums),  SFX_KNOWN(sfx_column_sums),
-    SFX_KNOWN(sfx_masked_copy),        SFX_KNOWN(sfx_add),           SFX_KNOWN(sfx_relu_backward),
-    SFX_KNOWN(sfx_max_pool),
+    SFX_KNOWN(sfx_layer_collect),      SFX_KNOWN(sfx_layer_scatter),      SFX_KNOWN(sfx_conv_gather),
+    SFX_KNOWN(sfx_conv_wgrad),         SFX_KNOWN(sfx_conv_dense_wgrad),   SFX_KNOWN(sfx_linear_rows),
+    SFX_KNOWN(sfx_linear_gather),      SFX_KNOWN(sfx_linear_wgrad),       SFX_KNOWN(sfx_linear_dense_fprop),
+    SFX_KNOWN(sfx_linear_dense_dgrad), SFX_KNOWN(sfx_linear_dense_wgrad), SFX_KNOWN(sfx_norm),
+    SFX_KNOWN(sfx_channel_sums),       SFX_KNOWN(sfx_column_sums),        SFX_KNOWN(sfx_masked_copy),
+    SFX_KNOWN(sfx_add),                SFX_KNOWN(sfx_relu_backward),      SFX_KNOWN(sfx_max_pool),
 };
 #undef SFX_KNOWN
 

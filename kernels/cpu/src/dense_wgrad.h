@@ -1,4 +1,4 @@
-// The gradient of all weights of a layer, existing or not.
+// Products with all weights of a layer, existing or not: the gradient of a convolution's, and what a linear layer does.
 #pragma once
 #include "geometry.h"
 
@@ -21,5 +21,12 @@ void dense_wgrad_amx(const ConvShape& shape, const float* grad, const float* x, 
 // gets what is not masked too. The result does not depend on the number of threads.
 void linear_dense_wgrad(const float* grad, const float* x, int64_t rows, int64_t outs, int64_t ins, const uint8_t* mask,
                         float* masked, float* dense, int threads);
+
+// out [rows, outs] from x [rows, ins] and weight [outs, ins], plus bias [outs], which may be null, then a ReLU; and the
+// input's gradient [rows, ins] from grad [rows, outs]. The results do not depend on the number of threads.
+void linear_dense_fprop(const float* x, const float* weight, int64_t rows, int64_t outs, int64_t ins, const float* bias,
+                        bool relu, float* out, int threads);
+void linear_dense_dgrad(const float* grad, const float* weight, int64_t rows, int64_t outs, int64_t ins, float* out,
+                        int threads);
 
 }  // namespace sfx

@@ -384,9 +384,11 @@ struct Rows {
     }
     const T* from = data + image * features + first;
     vf r[LANES];
+#pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) r[i] = i < n ? load_as_float(from + i * features) : vf{};
     transpose(r);
     if (found == LANES) {
+#pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) store(to + i * pitch, r[i]);
     } else {  // the last of a chunk, or with channels between them that no weight reads
       vf all[LANES];

@@ -223,6 +223,16 @@ int sfx_linear_dense_wgrad(const float* grad, const float* in, int64_t rows, int
   return guarded([&] { linear_dense_wgrad(grad, in, rows, outs, ins, mask, masked, dense, team(threads)); });
 }
 
+int sfx_linear_dense_fprop(const float* in, const float* weight, int64_t rows, int64_t outs, int64_t ins,
+                           const float* bias, int relu, float* out, int threads) {
+  return guarded([&] { linear_dense_fprop(in, weight, rows, outs, ins, bias, relu != 0, out, team(threads)); });
+}
+
+int sfx_linear_dense_dgrad(const float* grad, const float* weight, int64_t rows, int64_t outs, int64_t ins, float* out,
+                           int threads) {
+  return guarded([&] { linear_dense_dgrad(grad, weight, rows, outs, ins, out, team(threads)); });
+}
+
 int sfx_conv_pixels(void* layer, int dtype, const void* in, int64_t images, int64_t h, int64_t w, const float* values,
                     const float* bias, int relu, void* out, int threads) {
   return guarded([&] {

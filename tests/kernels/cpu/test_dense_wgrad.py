@@ -1,4 +1,4 @@
-"""Dense weight gradients, on blocked activations and of linear layers, against autograd in float64."""
+"""Dense weight gradients on blocked activations, against autograd in float64."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from sparsefx.kernels.blocked import CONVERTED_DENSE
 from sparsefx.kernels.cpu import dense_wgrad as module
 from sparsefx.kernels.cpu.abi import load
 from sparsefx.kernels.cpu.build import supported_isas
-from sparsefx.kernels.cpu.dense_wgrad import dense_wgrad, linear_dense_wgrad
+from sparsefx.kernels.cpu.dense_wgrad import dense_wgrad
 from sparsefx.kernels.reference import DENSE
 from sparsefx.kernels.spec import ConvSpec
 from tests.kernels.cpu.helpers import blocked, error
@@ -127,43 +127,3 @@ def test_tensors_of_another_layer_are_refused():
     for grad, weight in ((g[:, :, :7], w), (g, w[:, :5]), (g, w[:4])):
         with pytest.raises(ValueError, match=r"grad: expected .* got .*; pass the layer's own tensors"):
             dense_wgrad(_spec(case), blocked(grad), blocked(x), weight)
-
-
-# rows, outputs, inputs
-LINEAR = {
-    "one": (1, 1, 1),
-    "primes": (7, 13, 37),
-    "no_rows": (0, 5, 9),
-    "a_panel": (33, 12, 32),
-    "several": (101, 131, 167),
-    "few_inputs": (64, 259, 3),
-    "few_outputs": (64, 2, 259),
-    "past_the_caches": (5, 1025, 1024),
-}
-
-
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("threads", [1, 2, 7])
-@pytest.mark.parametrize("isa", supported_isas())
-@pytest.mark.parametrize("case", LINEAR.values(), ids=LINEAR)
-def test_a_linear_gradient_is_the_product_and_zero_where_no_weight_is(case, isa, threads, keep):
-    rows, outputs, inputs = case
-    generator = torch.Generator().manual_seed(3)
-    g, x = (torch.randn(rows, n, generator=generator) for n in (outputs, inputs))
-    mask = torch.rand(outputs, inputs, generator=generator) < 0.5
-    torch.set_num_threads(threads)
-    masked, dense = linear_dense_wgrad(g, x, mask, keep=keep, isa=isa)
-    wanted = g.double().T @ x.double()
-    assert (masked - wanted * mask).norm() <= 1e-6 * wanted.norm()
-    assert not masked[~mask].any()
-    assert (dense is not None) is keep
-    if dense is not None:
-        assert (dense - wanted).norm() <= 1e-6 * wanted.norm()
-        assert torch.equal(masked[mask], dense[mask])
-
-
-def test_rows_of_another_layer_are_refused():
-    g, x, mask = torch.randn(4, 3), torch.randn(4, 5), torch.ones(3, 5, dtype=torch.bool)
-    for grad, which in ((g[:3], mask), (g, mask[:2]), (g, torch.ones(5, 3, dtype=torch.bool).T)):
-        with pytest.raises(ValueError, match=r"grad: expected .* got .*; pass the layer's own tensors"):
-            linear_dense_wgrad(grad, x, which)
