@@ -75,7 +75,7 @@ class Calls:
             elsewhere: Offsets of buffers in the arena of other calls, which a run is given as well.
             kept: Whether a buffer is needed after the last call.
         Raises:
-            TypeError: an argument is nothing that a call can be given.
+            TypeError: a function, or an argument, is nothing that can be called or given, or there are too few or many.
         """
         other = elsewhere or {}
         ours = [b for b in self._lives if not b.given and b not in other]
@@ -92,7 +92,7 @@ class Calls:
         calls: list[tuple[int, int]] = []  # (caller, first word)
         at, behind = 0, len(used)
         for function, arguments in self._planned:
-            calls.append((self._caller(function), at))
+            calls.append((self._caller(function, len(arguments)), at))
             for argument in arguments:
                 if isinstance(argument, Buffer):
                     homes.append((at, *bases[argument]))
@@ -120,10 +120,13 @@ class Calls:
             self._bases[:] = (arena, other, *given)
             check(self.library, self.library.sfx_run(*self._arguments, torch.get_num_threads()))
 
-    def _caller(self, function: str) -> int:
+    def _caller(self, function: str, count: int) -> int:
         caller = self.library.sfx_caller(function.encode())
         if caller is None:
             raise TypeError(f"{function}: expected a function that calls.cpp knows, got another; add it there")
+        wanted = len(getattr(self.library, function).argtypes) - 1
+        if count != wanted:
+            raise TypeError(f"{function}: expected {wanted} arguments before the threads, got {count}; see abi.h")
         return caller
 
 

@@ -142,3 +142,15 @@ def test_bits_tell_a_mask_from_one_that_differs_anywhere(isa, n, monkeypatch):
         other = mask.clone()
         other[at] = ~other[at]
         assert not bits.same(other)
+
+
+def test_one_of_many_masks_that_differs_is_found():
+    masks = [torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.3 for n in (5, 64, 200_003)]
+    pairs = [(masking.MaskBits(mask), mask) for mask in masks]
+    together = masking.Masks(pairs)
+    assert together.same()
+    for mask in masks:
+        mask[-1] = ~mask[-1]
+        assert not together.same()
+        mask[-1] = ~mask[-1]
+    assert together.same()

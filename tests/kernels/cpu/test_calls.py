@@ -38,38 +38,38 @@ def test_memory_is_used_again():
     assert plan(chain, lambda _: True)[1] == 50 * 1024
 
 
-def add_three() -> tuple[Calls, list[Buffer]]:
+def add_three() -> Calls:
     """`a + b + c` of 1000 numbers, by way of an arena."""
     calls = Calls(abi.load())
     given = [Buffer(4000, given=True) for _ in range(4)]
     between = Buffer(4000)
     calls.add("sfx_add", given[0], given[1], between, 1000)
     calls.add("sfx_add", between, given[2], given[3], 1000)
-    calls.finish()
-    return calls, given
+    calls.finish([*given[::-1], Buffer(64, given=True)])  # an order of its own, and one that no call names
+    return calls
 
 
-def run(calls: Calls, given: list[Buffer], tensors: list[torch.Tensor]) -> torch.Tensor:
-    arena, of = torch.empty(calls.arena // 4), dict(zip(given, tensors, strict=True))
-    calls.run(arena.data_ptr(), [of[b].data_ptr() for b in calls.given])
+def run(calls: Calls, *tensors: torch.Tensor) -> torch.Tensor:
+    arena = torch.empty(calls.arena // 4)
+    calls.run(arena.data_ptr(), [*(t.data_ptr() for t in tensors[::-1]), 0])
     return tensors[-1]
 
 
 def test_each_run_has_its_own_tensors():
-    calls, given = add_three()
+    calls = add_three()
     for _ in range(3):
         a, b, c = torch.randn(3, 1000)
-        assert torch.equal(run(calls, given, [a, b, c, torch.empty(1000)]), a + b + c)
+        assert torch.equal(run(calls, a, b, c, torch.empty(1000)), a + b + c)
 
 
 def test_threads_that_run_the_same_calls_do_not_mix():
-    calls, given = add_three()
+    calls = add_three()
     wrong = []
 
     def work(seed: int) -> None:
         a = torch.full((1000,), float(seed))
         for _ in range(200):
-            if not torch.equal(run(calls, given, [a, a, a, torch.empty(1000)]), a + a + a):
+            if not torch.equal(run(calls, a, a, a, torch.empty(1000)), a + a + a):
                 wrong.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -84,11 +84,11 @@ def test_fields_of_structures_are_set_at_each_run():
     calls, x, y = Calls(abi.load()), Buffer(4 * 64, given=True), Buffer(4 * 64, given=True)
     mean, rstd = Buffer(16, given=True), Buffer(16, given=True)
     calls.add("sfx_norm", 0, 0, Structure(SfxNorm, x=x, y=y, mean=mean, rstd=rstd, relu=1), 16, 4, 1)
-    calls.finish()
+    calls.finish([x, y, mean, rstd])
     for _ in range(2):
         given, out = torch.randn(1, 4, 1, 1, 16), torch.empty(1, 4, 1, 1, 16)
         of = {x: given, y: out, mean: torch.randn(4), rstd: torch.rand(4)}
-        calls.run(0, [of[b].data_ptr() for b in calls.given])
+        calls.run(0, [of[b].data_ptr() for b in (x, y, mean, rstd)])
         wanted = ((given - of[mean].view(4, 1, 1, 1)) * of[rstd].view(4, 1, 1, 1)).relu()
         torch.testing.assert_close(out, wanted)
 
@@ -99,11 +99,26 @@ def test_a_call_that_fails_raises_what_it_says():
     abi.load().sfx_layer_tune(layer, 0, (abi.ctypes.c_int64 * 7)(9, 9, 9, 9, 9, 9, 9))  # a tiling that there is not
     x = Buffer(4 * 64, given=True)
     calls.add("sfx_conv_gather", layer, 0, 0, x, 16, 1, 1, None, x, None, None, False, x)
-    calls.finish()
+    calls.finish([x])
     tensor = torch.zeros(64)
     with pytest.raises(RuntimeError, match="no microkernel"):
         calls.run(0, [tensor.data_ptr()])
     abi.load().sfx_layer_free(layer)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "problem"),
+    [
+        ("sfx_advise", (1, 2), "expected a function that calls.cpp knows"),
+        ("sfx_add", (1, 2, 3), "expected 4 arguments before the threads, got 3"),
+        ("sfx_add", (1, 2, 3, 0.5), "float"),
+    ],
+)
+def test_what_cannot_be_called_is_refused(function, arguments, problem):
+    calls = Calls(abi.load())
+    calls.add(function, *arguments)
+    with pytest.raises(TypeError, match=problem):
+        calls.finish([])
 
 
 @pytest.mark.parametrize("images", [3, 16, 35])
