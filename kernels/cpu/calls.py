@@ -4,7 +4,8 @@ import ctypes
 import operator
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,7 +38,10 @@ class Calls:
     Attributes:
         arena: Bytes that a run needs for buffers that are not given; once `finish` was called.
         places: Offsets of those buffers.
+        watch: Of all lists of calls: makes the context in which a call of a function is made, by the function's name.
     """
+
+    watch: ClassVar[Callable[[str], AbstractContextManager[Any]] | None] = None
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -104,7 +108,7 @@ class Calls:
                     self._words[at] = _word(argument)
                 at += 1
         self._homes, self._calls = _table(homes), _table(calls)
-        self._arguments = self._words, self._homes, len(homes), self._bases, self._calls, len(calls)
+        self._arguments = self._words, self._homes, len(homes), self._bases
 
     def run(self, arena: int, given: Sequence[int], other: int = 0) -> None:
         """Make all calls.
@@ -118,7 +122,17 @@ class Calls:
         """
         with self._lock:  # another thread may run the same model
             self._bases[:] = (arena, other, *given)
-            check(self.library, self.library.sfx_run(*self._arguments, torch.get_num_threads()))
+            if Calls.watch is None:
+                self._make(0, len(self._planned))
+                return
+            for at, (function, _) in enumerate(self._planned):
+                with Calls.watch(function):
+                    self._make(at, 1)
+
+    def _make(self, first: int, count: int) -> None:
+        calls = ctypes.addressof(self._calls) + 2 * _WORD * first
+        status = self.library.sfx_run(*self._arguments, calls, count, torch.get_num_threads())
+        check(self.library, status)
 
     def _caller(self, function: str, count: int) -> int:
         caller = self.library.sfx_caller(function.encode())

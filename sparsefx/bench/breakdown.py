@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from sparsefx.bench.trainers import Trainer
 from sparsefx.kernels.cpu import CompilerUnavailable
 from sparsefx.kernels.cpu.abi import load
+from sparsefx.kernels.cpu.calls import Calls
 
 KINDS = {
     "optimizer and masks": ("Optimizer.",),
@@ -21,7 +22,7 @@ KINDS = {
         "mkldnn_convolution",
     ),
     "dense products": (
-        "sfx_linear_dense_wgrad",
+        "sfx_linear_dense",
         "aten::addmm",
         "aten::mm",
         "aten::linear",
@@ -45,6 +46,7 @@ KINDS = {
         "sfx_add",
         "sfx_relu_backward",
         "sfx_channel_sums",
+        "sfx_column_sums",
         "aten::relu",
         "aten::clamp_min",
         "aten::threshold",
@@ -103,6 +105,7 @@ def _native_calls() -> Iterator[None]:
         yield
         return
     wrapped = {name: value for name, value in vars(library).items() if name.startswith("sfx_")}
+    del wrapped["sfx_run"]  # whose calls are seen one by one
 
     def seen(name: str, call: Callable) -> Callable:
         @functools.wraps(call, assigned=())
@@ -115,7 +118,9 @@ def _native_calls() -> Iterator[None]:
     try:
         for name, call in wrapped.items():
             setattr(library, name, seen(name, call))
+        Calls.watch = record_function
         yield
     finally:
+        Calls.watch = None
         for name, call in wrapped.items():
             setattr(library, name, call)

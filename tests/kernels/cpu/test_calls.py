@@ -1,5 +1,6 @@
 """Prepared library calls: where buffers lie, and that each run reads and writes what it is given."""
 
+import contextlib
 import random
 import threading
 
@@ -60,6 +61,14 @@ def test_each_run_has_its_own_tensors():
     for _ in range(3):
         a, b, c = torch.randn(3, 1000)
         assert torch.equal(run(calls, a, b, c, torch.empty(1000)), a + b + c)
+
+
+def test_each_call_can_be_watched(monkeypatch):
+    calls, seen = add_three(), []
+    monkeypatch.setattr(Calls, "watch", lambda name: contextlib.nullcontext(seen.append(name)))
+    a, b, c = torch.randn(3, 1000)
+    assert torch.equal(run(calls, a, b, c, torch.empty(1000)), a + b + c)
+    assert seen == ["sfx_add", "sfx_add"]
 
 
 def test_threads_that_run_the_same_calls_do_not_mix():
