@@ -1,6 +1,6 @@
-// Dense products of linear layers. One factor is packed by tiles, of the other a panel at a time: the tile's values are
-// broadcast, lanes are columns of the panel, and the sums of a tile stay in registers from the first product to the last
-// and are masked, or given a bias and clamped, as they are written.
+// Dense products of linear layers. Of one factor tiles are read, of the other a panel is packed at a time: the tile's
+// values are broadcast, lanes are columns of the panel, and the sums of a tile stay in registers from the first product to
+// the last and are masked, or given a bias and clamped, as they are written.
 #include <omp.h>
 
 #include <utility>
@@ -16,21 +16,30 @@ namespace {
 
 constexpr int PANEL_VECTORS = 2, PANEL = PANEL_VECTORS * LANES;
 constexpr int MAX_OUTPUTS = REGISTERS == 32 ? 12 : 6;            // rows of a tile
+constexpr int64_t FARTHEST = 512;                                // floats between a tile's rows; farther ones share L1's sets
 constexpr int64_t ITEMS = 4;                                     // of work for each thread, about
 
-// sums[output][PANEL] = tile * panel, summed over `depth`: panel [depth][PANEL], tile [depth][outputs].
-using TileKernel = void (*)(const float* panel, const float* tile, int64_t depth, float* sums);
+// One factor of a product, summed over `k`: element (k, i) lies at k * pitch + i, or, if `turned`, at i * pitch + k.
+struct Factor {
+  const float* data;
+  int64_t pitch;
+  bool turned = false;
+  const float* at(int64_t i) const { return data + (turned ? i * pitch : i); }
+};
 
-template <int OUTPUTS, int VECTORS>
-void tile_kernel(const float* panel, const float* tile, int64_t depth, float* sums) {
+// sums[output][PANEL] = tile * panel, summed over `depth`: panel [depth][PANEL], tile a factor's.
+using TileKernel = void (*)(const float* panel, const float* tile, int64_t pitch, int64_t depth, float* sums);
+
+template <int OUTPUTS, int VECTORS, bool TURNED>
+void tile_kernel(const float* panel, const float* tile, int64_t pitch, int64_t depth, float* sums) {
   vf sum[OUTPUTS][VECTORS] = {};
-  for (int64_t k = 0; k < depth; ++k, panel += PANEL, tile += OUTPUTS) {
+  for (int64_t k = 0; k < depth; ++k, panel += PANEL, tile += TURNED ? 1 : pitch) {
     vf in[VECTORS];
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) in[v] = load(panel + v * LANES);
 #pragma GCC unroll 12
     for (int o = 0; o < OUTPUTS; ++o) {
-      const vf value = splat(tile[o]);
+      const vf value = splat(tile[TURNED ? o * pitch : o]);
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) sum[o][v] += value * in[v];
     }
@@ -41,65 +50,41 @@ void tile_kernel(const float* panel, const float* tile, int64_t depth, float* su
     for (int v = 0; v < VECTORS; ++v) store(sums + o * PANEL + v * LANES, sum[o][v]);
 }
 
-template <int VECTORS, int... O>
+template <int VECTORS, bool TURNED, int... O>
 TileKernel find_tile(int64_t outputs, std::integer_sequence<int, O...>) {
-  static constexpr TileKernel TABLE[] = {tile_kernel<O + 1, VECTORS>...};
+  static constexpr TileKernel TABLE[] = {tile_kernel<O + 1, VECTORS, TURNED>...};
   return TABLE[outputs - 1];
 }
-TileKernel find_tile(int64_t outputs, int64_t inputs) {
+TileKernel find_tile(int64_t outputs, int64_t inputs, bool turned) {
   constexpr std::make_integer_sequence<int, MAX_OUTPUTS> sizes;
-  return inputs <= LANES ? find_tile<1>(outputs, sizes) : find_tile<PANEL_VECTORS>(outputs, sizes);
+  if (turned) return inputs <= LANES ? find_tile<1, true>(outputs, sizes) : find_tile<PANEL_VECTORS, true>(outputs, sizes);
+  return inputs <= LANES ? find_tile<1, false>(outputs, sizes) : find_tile<PANEL_VECTORS, false>(outputs, sizes);
 }
 
-// One factor of a product, summed over `k`: element (k, i) lies at k * pitch + i, or, if `turned`, at i * pitch + k.
-struct Factor {
-  const float* data;
-  int64_t pitch;
-  bool turned = false;
-};
-
-// out [depth][pitch]: `width` elements from `first` on of each k; the rest of a row may be anything but the next row's.
-// Writes up to LANES elements past the end.
-void pack_turned(const Factor& f, int64_t first, int64_t width, int64_t depth, int64_t pitch, float* out) {
-  const float* from = f.data + first * f.pitch;
-  int64_t k = 0;
-  if (width <= LANES)
+// Packs elements [first, first + width) of each k, zero up to PANEL.
+void pack_panel(const Factor& f, int64_t first, int64_t width, int64_t depth, float* out) {
+  const float* from = f.at(first);
+  if (width < PANEL) std::memset(out, 0, depth * PANEL * 4);
+  if (!f.turned) {
+    const bool whole = width == PANEL;
+    for (int64_t k = 0; k < depth; ++k, from += f.pitch, out += PANEL)
+      whole ? std::memcpy(out, from, PANEL * 4) : std::memcpy(out, from, width * 4);  // a size that is known is no call
+    return;
+  }
+  for (int64_t v = 0; v < width; v += LANES, from += LANES * f.pitch) {
+    const int64_t n = std::min<int64_t>(LANES, width - v);
+    int64_t k = 0;
     for (; k + LANES <= depth; k += LANES) {
       vf r[LANES];
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; ++i) r[i] = i < width ? load(from + i * f.pitch + k) : vf{};
+      for (int64_t i = 0; i < LANES; ++i) r[i] = i < n ? load(from + i * f.pitch + k) : vf{};
       transpose(r);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; ++i) store(out + (k + i) * pitch, r[i]);
+      for (int64_t i = 0; i < LANES; ++i) store(out + (k + i) * PANEL + v, r[i]);
     }
-  for (; k < depth; ++k)
-    for (int64_t i = 0; i < width; ++i) out[k * pitch + i] = from[i * f.pitch + k];
-}
-
-// [depth][PANEL], zero from `width` on.
-void pack_panel(const Factor& f, int64_t first, int64_t width, int64_t depth, float* out) {
-  if (f.turned) {
-    if (width < PANEL) std::memset(out, 0, depth * PANEL * 4);
-    for (int64_t v = 0; v < width; v += LANES)
-      pack_turned(f, first + v, std::min<int64_t>(LANES, width - v), depth, PANEL, out + v);
-    return;
+    for (; k < depth; ++k)
+      for (int64_t i = 0; i < n; ++i) out[k * PANEL + v + i] = from[i * f.pitch + k];
   }
-  const float* x = f.data + first;
-  for (int64_t k = 0; k < depth; ++k, x += f.pitch, out += PANEL) {
-    if (width == PANEL) {
-      for (int v = 0; v < PANEL_VECTORS; ++v) store(out + v * LANES, load(x + v * LANES));
-    } else {
-      std::memset(out, 0, PANEL * 4);
-      std::memcpy(out, x, width * 4);
-    }
-  }
-}
-
-// [depth][width].
-void pack_tile(const Factor& f, int64_t first, int64_t width, int64_t depth, float* out) {
-  if (f.turned) return pack_turned(f, first, width, depth, width, out);
-  const float* from = f.data + first;
-  for (int64_t k = 0; k < depth; ++k, from += f.pitch, out += width) std::copy_n(from, width, out);
 }
 
 // Calls body(i) for each of `width` elements of a row of a panel; most panels are whole.
@@ -122,14 +107,18 @@ void product(const Factor& a, const Factor& b, int64_t depth, int64_t rows, int6
   if (!rows || !columns) return;
   const int64_t panels = ceil_div(columns, PANEL), tiles = ceil_div(rows, MAX_OUTPUTS), most = ceil_div(rows, tiles);
   const int64_t parts = std::clamp<int64_t>(ceil_div(ITEMS * threads, panels), 1, tiles);
-  const int64_t held = depth * PANEL + LANES, tile = depth * most + LANES;
+  const int64_t held = depth * PANEL, tile = depth * most;
+  const bool packs = !a.turned && a.pitch > FARTHEST;
   float* const memory = reinterpret_cast<float*>(scratch(0, held * threads * 4));
-  float* const tiled = reinterpret_cast<float*>(scratch(1, tile * tiles * 4));
+  float* const tiled = packs ? reinterpret_cast<float*>(scratch(1, tile * tiles * 4)) : nullptr;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    if (packs) {
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < tiles; ++t)
-      pack_tile(a, t * most, std::min(most, rows - t * most), depth, tiled + t * tile);
+      for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t k = 0; k < depth; ++k)
+          std::copy_n(a.data + k * a.pitch + t * most, std::min(most, rows - t * most), tiled + t * tile + k * most);
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < panels * parts; ++item) {
       alignas(64) float sums[MAX_OUTPUTS * PANEL];
@@ -139,7 +128,8 @@ void product(const Factor& a, const Factor& b, int64_t depth, int64_t rows, int6
       for (int64_t t = part * tiles / parts; t < (part + 1) * tiles / parts; ++t) {
         const int64_t n = std::min(most, rows - t * most);
         write.ahead(t * most, n, first);
-        find_tile(n, width)(packed, tiled + t * tile, depth, sums);
+        const float* const from = packs ? tiled + t * tile : a.at(t * most);
+        find_tile(n, width, a.turned)(packed, from, packs ? most : a.pitch, depth, sums);
         write(sums, t * most, n, first, width);
       }
     }
