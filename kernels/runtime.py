@@ -234,6 +234,13 @@ class Runtime:
     def _unstage(self, backward_pass: int) -> None:
         self._staged.pop(backward_pass, None)
 
+    def passes(self, grad: Tensor) -> bool:
+        """Whether a gradient that reaches the weight needs no `reach`: it is masked, and nothing is collected."""
+        if self.collecting or self.collected is not None or (grad.data_ptr(), grad._version) != self.masked:
+            return False
+        self.masked = None
+        return True
+
     def reach(self, grad: Tensor, mask: Tensor) -> Tensor | None:
         """Mask the sum of all gradients that reach the weight in a backward pass, as a hook of the weight.
 
@@ -246,7 +253,7 @@ class Runtime:
         untouched = (grad.data_ptr(), grad._version) == self.masked
         self.masked = None
         if not self.collecting and self.collected is None:
-            return None if untouched else masked(grad, mask)
+            return masked(grad, mask)
         present = self.current_grad()
         continues = present is not None and (
             (id(present), present._version) == self._accumulated or any_nonzero(present)

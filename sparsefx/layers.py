@@ -214,7 +214,10 @@ def _reach(layer: "weakref.ref[SparseLayer]", grad: Tensor | None) -> Tensor | N
     found = layer()
     if found is None or grad is None:  # a user's autograd function may return no gradient
         return None
-    mask, runtime = found.weight_mask, found._runtime
+    runtime = found._runtime
+    if runtime.passes(grad):
+        return None
+    mask = found.weight_mask
     if grad.shape != mask.shape or (runtime.full and runtime.choose.misses_none(mask)):
         return None
     return runtime.reach(grad, mask)
