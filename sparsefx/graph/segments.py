@@ -305,7 +305,7 @@ class Program:
         return (
             all(map(operator.is_, tensors, self._tensors))
             and list(map(_stamp, tensors)) == self._stamps
-            and all(layer.__dict__["_bound"]() is layer._parameters["weight"] for layer, _ in self._plans)
+            and all(layer.__dict__["_bound"]() is layer._parameters["weight"] for layer in self.piece.masked)
             and all(_modes(norm) == modes for norm, modes in self._norms)
             and all(_plan(layer) is plan for layer, plan in self._plans)
             and all(runtime.collecting for runtime in self._windows)
