@@ -82,6 +82,11 @@ def load(isa: str | None = None) -> ctypes.CDLL:
     return found
 
 
+def arguments_of(function: str) -> int:
+    """How many arguments a function of the library takes."""
+    return len(_SIGNATURES[function][1])
+
+
 def check(lib: ctypes.CDLL, status: int) -> None:
     """Raise what a kernel reported.
 

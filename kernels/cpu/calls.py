@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .abi import check
+from .abi import arguments_of, check
 from .buffers import SMALLEST
 
 ALIGNMENT = 64
@@ -138,7 +138,7 @@ class Calls:
         caller = self.library.sfx_caller(function.encode())
         if caller is None:
             raise TypeError(f"{function}: expected a function that calls.cpp knows, got another; add it there")
-        wanted = len(getattr(self.library, function).argtypes) - 1
+        wanted = arguments_of(function) - 1
         if count != wanted:
             raise TypeError(f"{function}: expected {wanted} arguments before the threads, got {count}; see abi.h")
         return caller

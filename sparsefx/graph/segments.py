@@ -321,7 +321,7 @@ class Program:
         if state != self._state or not all(runtime.collecting for runtime in self._windows):
             return False
         for layer, plan in self._plans:
-            if _plan(layer) is not plan or plan.stale(layer.weight_mask):
+            if _plan(layer) is not plan or plan.stale(layer.weight_mask) or plan.bits is None:
                 return False
         self._look()
         return True
