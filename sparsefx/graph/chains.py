@@ -46,8 +46,8 @@ def chains(model: nn.Module, graph: fx.Graph, run: Callable[..., Any]) -> Chains
     for node in graph.nodes:
         if node.op == "call_module":
             modules[node] = model.get_submodule(str(node.target))
-    linear = [node for node, layer in modules.items() if type(layer) is SparseLinear and not why_called(layer)]
-    linear = [node for node in linear if not model.get_submodule(str(node.target)).full and len(node.args) == 1]  # pyright: ignore[reportAttributeAccessIssue]
+    sparse = {node: layer for node, layer in modules.items() if type(layer) is SparseLinear and not why_called(layer)}
+    linear = [node for node, layer in sparse.items() if not layer.full and len(node.args) == 1]
     if len(linear) < _FEWEST or any(isinstance(layer, SparseConv2d) for layer in modules.values()):
         return None
     new = fx.Graph(tracer_cls=graph._tracer_cls)
