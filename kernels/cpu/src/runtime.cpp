@@ -54,12 +54,15 @@ Processor processor() {
   static const Processor found = [] {
 #if defined(__x86_64__)
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (__builtin_cpu_is("amd")) {
-      constexpr unsigned ZEN_5_FAMILY = 0x1a;
-      __get_cpuid(1, &a, &b, &c, &d);
-      return (a >> 8 & 15) + (a >> 20 & 255) >= ZEN_5_FAMILY ? Processor::ZEN_5 : Processor::AMD;
-    }
+    __get_cpuid(1, &a, &b, &c, &d);
+    const unsigned family = (a >> 8 & 15) + (a >> 20 & 255), model = (a >> 4 & 15) + (a >> 12 & 0xf0);
+    constexpr unsigned ZEN_5_FAMILY = 0x1a;
+    if (__builtin_cpu_is("amd")) return family >= ZEN_5_FAMILY ? Processor::ZEN_5 : Processor::AMD;
+    // Virtual machines hide instructions, and models: either tells.
     constexpr unsigned FEATURES = 7, AVX512_FP16 = 1u << 23;  // which Sapphire Rapids brought
+    constexpr unsigned SAPPHIRE = 0x8f, EMERALD = 0xcf, GRANITE = 0xad, GRANITE_D = 0xae;
+    if (family == 6 && (model == SAPPHIRE || model == EMERALD || model == GRANITE || model == GRANITE_D))
+      return Processor::SAPPHIRE_RAPIDS;
     if (__get_cpuid_count(FEATURES, 0, &a, &b, &c, &d) && d & AVX512_FP16) return Processor::SAPPHIRE_RAPIDS;
 #endif
     return Processor::OTHER;
