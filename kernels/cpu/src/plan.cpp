@@ -40,6 +40,7 @@ class Pitches {
     return known_[outputs];
   }
   int64_t count() const { return axis_.count; }
+  int64_t inputs() const { return std::min(axis_.in_size, axis_.count * axis_.in_step); }
 
  private:
   const AxisMap& axis_;
@@ -83,6 +84,8 @@ struct Machine {
   double pack_row = 6, pack_features = 12;  // to pack a line of a row of one block of images, of a linear layer's rows
   double run = 15;           // of each run of packed lines
   double dot_entry = 2.5;    // of an entry of a weight gradient, beside `entry`
+  double pack_again = 0;     // to pack a line of a row that was packed just before; 0: as for the first time
+  double first_load = 0;     // by a weight gradient's tile, of a line of its strip of several, over what loading takes
   double sums = 1.6;         // to load and store a line of sums, over what loading one takes
   double unpack = 1;         // to unpack a line of sums, beside loading it
   double beside = 64 << 10;  // bytes that share the caches with the sums
@@ -94,10 +97,10 @@ constexpr Machine CASCADE_LAKE{{{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.
                                 {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12, 25, 1.5};
 constexpr Machine SAPPHIRE_RAPIDS{{{44 << 10, 0.63}, {64 << 10, 1.01}, {128 << 10, 1.22}, {256 << 10, 1.65},
                                    {768 << 10, 1.99}, {1536 << 10, 9.2}, {4 << 20, 25}}, L2_BUDGET, 28, 7.7, 1.65,
-                                  11, 16, 15.5, 2.1, 2.1, 0.12, 171 << 10, 14.3, 25.5};
+                                  11, 16, 15.5, 2.1, 3, 1, 2.1, 0.12, 171 << 10, 14.3, 25.5};
 constexpr Machine ZEN_4{{{26 << 10, 1.04}, {64 << 10, 1.24}, {128 << 10, 1.72}, {256 << 10, 1.82},
                          {512 << 10, 2.9}, {1 << 20, 5.5}, {4 << 20, 5.6}}, L2_BUDGET, 7, 8, 1,
-                        5.5, 0.5, 18, 0.9, 1.6, 0, 96 << 10, 10.5, 10.5, 1536 << 10};
+                        5.5, 0.5, 18, 0.9, 0, 0, 1.6, 0, 96 << 10, 10.5, 10.5, 1536 << 10};
 constexpr Machine ZEN_5{{{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
                          {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 8}}, 3 << 20, 30, 8, 2.5};
 
@@ -154,8 +157,14 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   tile += double(s.outputs * t.rows * t.batch) * 10;  // each row of a tile is a run of its own
   const double runs = double(s.live * strip_rows * t.batch);
   const double line = t.batch == 1 ? m.pack_row : y.count() * x.count() == 1 ? m.pack_features : m.pack_blocks;
-  const double packing = strips * blocks * (double(s.live) * strip_lines * VECS * line + runs * m.run);
+  const double lines = strips * blocks * double(s.live) * strip_lines * VECS;
+  // Rows that strips share, and strips that follow each other for another block, are read from L2.
+  const double inputs = double(s.live * y.inputs() * x.inputs() * s.blocks * VECS) * (s.kind == WGRAD ? blocks : 1);
+  const double again = m.pack_again > 0 && t.batch == 1 ? std::max(0.0, lines - inputs) : 0;
+  const double packing = (lines - again) * line + again * m.pack_again + strips * blocks * runs * m.run;
   const double items = strips * blocks;
+  if (s.kind == WGRAD && t.strip_rows * t.strip_cols > 1)  // packed into L2, a single tile into L1
+    tile += double(s.live) * tile_bytes / LINE * VECS * m.first_load * load_cycles(double(s.live) * strip_lines * LINE);
   double back = 0;
   if (t.strip_rows * t.strip_cols > 1 && double(s.live) * strip_lines * LINE > L2_BUDGET) {
     if (items < 4 * s.threads) return INFINITY;
@@ -197,11 +206,12 @@ Tiling choose(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, cons
           t.block = ceil_div(s.outputs, parts);
           if (parts > 1 && (t.block < 16 || t.block * acc < ACC_BUDGET / 4)) continue;
           for (int64_t sy : {int64_t(1), int64_t(2), int64_t(4), whole_y})
-            for (int64_t sx : {int64_t(1), whole_x}) {
+            for (int64_t sx : {int64_t(1), int64_t(2), int64_t(4), whole_x}) {
+              if (sx != 1 && sx != whole_x && (kernel[1] == 1 || !machine().pack_again)) continue;  // share no columns
               t.strip_rows = std::min(sy, whole_y);
-              t.strip_cols = sx;
-              const int64_t strip = y(t.rows * t.strip_rows) * x(t.cols * sx) * batch * LINE;
-              if (t.strip_rows * sx == 1 || s.live * strip <= most) consider(t);
+              t.strip_cols = std::min(sx, whole_x);
+              const int64_t strip = y(t.rows * t.strip_rows) * x(t.cols * t.strip_cols) * batch * LINE;
+              if (t.strip_rows * t.strip_cols == 1 || s.live * strip <= most) consider(t);
             }
         }
     }
