@@ -132,7 +132,7 @@ template <class T, int K>
 SFX_INLINE void multiply(const char* x, int64_t pitch, const uint32_t* offset, uint32_t count, const vf (&g)[T::P],
                          vf* sums) {
   using R = Part<T, K>;
-  constexpr int CHAINS = T::P >= 16 ? 4 : T::P >= 4 ? 2 : 1;
+  constexpr int CHAINS = T::P >= 16 ? 2 : 1;
   for (uint32_t k = 0; k < count; ++k) {
     const char* p = x + offset[k];
     vf chain[CHAINS] = {};
@@ -157,6 +157,8 @@ void dot_kernel(const char* x, int64_t pitch, const Record* records, const Runs*
                 Fetches& fetches) {
   vf sums[HELD_SUMS];
   uint32_t used = 0;
+  // The next record's gradient may lie beyond L2; on newer Xeons loading it twice costs more than waiting for it.
+  const bool fetches_next = processor() != Processor::SAPPHIRE_RAPIDS;
   for (int64_t r = 0; r < n; ++r) {
     const char* tile = g + int64_t(records[r].channel) * g_channel;
     vf held[T::P];
@@ -164,7 +166,7 @@ void dot_kernel(const char* x, int64_t pitch, const Record* records, const Runs*
     for (int j = 0; j < T::ROWS; ++j)
 #pragma GCC unroll 32
       for (int i = 0; i < T::VECTORS; ++i) held[j * T::VECTORS + i] = load(tile + j * g_row + i * VEC);
-    if (r + 1 < n) {  // the next record's, which may lie beyond L2
+    if (fetches_next && r + 1 < n) {
       const char* next = g + int64_t(records[r + 1].channel) * g_channel;
 #pragma GCC unroll 8
       for (int j = 0; j < T::ROWS; ++j)
