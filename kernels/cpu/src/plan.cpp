@@ -75,36 +75,60 @@ constexpr size_t LEVELS = 7;
 
 // What cost() knows of a processor, in cycles. Levels are as measured with loads alone, but above 256 KB on Zen 5,
 // where they are what ranks tilings as their times do. Those of Zen 4 and of Sapphire Rapids and newer Xeons, and what
-// stands beside them, were fitted to times of tilings: 36,000 of 32 passes, 19,500 of 137.
+// stands beside them, were fitted to times of tilings: 36,000 of 32 passes, 19,500 of 137. What is said here is Cascade
+// Lake's.
 struct Machine {
   Level level[LEVELS];
-  int64_t strip_bytes;   // most that a strip of several tiles may take packed; above L2_BUDGET it is read back from L3
-  double pack_blocks;    // to pack a line of a tile of several blocks of images, which nothing fetches ahead
-  double record, entry;  // of each beside its lines
-  double pack_row = 6, pack_features = 12;  // to pack a line of a row of one block of images, of a linear layer's rows
-  double run = 15;           // of each run of packed lines
-  double dot_entry = 2.5;    // of an entry of a weight gradient, beside `entry`
-  double pack_again = 0;     // to pack a line of a row that was packed just before; 0: as for the first time
-  double first_load = 0;     // by a weight gradient's tile, of a line of its strip of several, over what loading takes
-  double sums = 1.6;         // to load and store a line of sums, over what loading one takes
-  double unpack = 1;         // to unpack a line of sums, beside loading it
-  double beside = 64 << 10;  // bytes that share the caches with the sums
-  double clipped_run = 15;   // of each run of a clipped record's entries of one class
-  double clipped_dots = 15;  // the same of a weight gradient
+  int64_t strip_bytes = L2_BUDGET;  // most that a strip of several tiles may take packed; beyond, it is read from L3
+  double pack_blocks = 12;    // to pack a line of a tile of several blocks of images, which nothing fetches ahead
+  double pack_row = 6;        // to pack a line of a row of one block of images
+  double pack_features = 12;  // to pack a line of a linear layer's rows
+  double pack_again = 0;      // to pack a line of a row that was packed just before; 0: as for the first time
+  double run = 15;            // of each run of packed lines
+  double record = 25;         // of each record beside its lines
+  double entry = 1.5;         // of each entry beside its lines
+  double dot_entry = 2.5;     // of an entry of a weight gradient, beside `entry`
+  double first_load = 0;      // by a weight gradient's tile, of a line of its strip of several, over what loading takes
+  double sums = 1.6;          // to load and store a line of sums, over what loading one takes
+  double unpack = 1;          // to unpack a line of sums, beside loading it
+  double beside = 64 << 10;   // bytes that share the caches with the sums
+  double clipped_run = 15;    // of each run of a clipped record's entries of one class
+  double clipped_dots = 15;   // the same of a weight gradient
   int64_t partial_bytes = 384 << 10;  // of weight gradients summed at a time; on Zen 4 they leave L2
 };
+
 constexpr Machine CASCADE_LAKE{{{26 << 10, 0.5}, {64 << 10, 1.0}, {128 << 10, 1.2}, {256 << 10, 1.35},
-                                {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}, L2_BUDGET, 12, 25, 1.5};
-constexpr Machine SAPPHIRE_RAPIDS{{{44 << 10, 0.63}, {64 << 10, 1.01}, {128 << 10, 1.22}, {256 << 10, 1.65},
-                                   {768 << 10, 1.99}, {1536 << 10, 9.2}, {4 << 20, 25}}, L2_BUDGET, 28, 7.7, 1.65,
-                                  11, 16, 15.5, 2.1, 3, 1, 2.1, 0.12, 171 << 10, 14.3, 25.5};
-constexpr Machine ZEN_4{{{26 << 10, 1.04}, {64 << 10, 1.24}, {128 << 10, 1.72}, {256 << 10, 1.82},
-                         {512 << 10, 2.9}, {1 << 20, 5.5}, {4 << 20, 5.6}}, L2_BUDGET, 7, 8, 1,
-                        5.5, 0.5, 18, 0.9, 0, 0, 1.6, 0, 96 << 10, 10.5, 10.5, 1536 << 10};
-constexpr Machine ZEN_5{{{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
-                         {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 8}}, 3 << 20, 30, 8, 2.5};
+                                {512 << 10, 1.6}, {1 << 20, 2.4}, {4 << 20, 5.0}}};
+
+constexpr Machine sapphire_rapids() {
+  Machine m{{{44 << 10, 0.63}, {64 << 10, 1.01}, {128 << 10, 1.22}, {256 << 10, 1.65},
+             {768 << 10, 1.99}, {1536 << 10, 9.2}, {4 << 20, 25}}};
+  m.pack_blocks = 28, m.pack_row = 11, m.pack_features = 16, m.pack_again = 3, m.run = 15.5;
+  m.record = 7.7, m.entry = 1.65, m.dot_entry = 2.1, m.first_load = 1;
+  m.sums = 2.1, m.unpack = 0.12, m.beside = 171 << 10;
+  m.clipped_run = 14.3, m.clipped_dots = 25.5;
+  return m;
+}
+
+constexpr Machine zen_4() {
+  Machine m{{{26 << 10, 1.04}, {64 << 10, 1.24}, {128 << 10, 1.72}, {256 << 10, 1.82},
+             {512 << 10, 2.9}, {1 << 20, 5.5}, {4 << 20, 5.6}}};
+  m.pack_blocks = 7, m.pack_row = 5.5, m.pack_features = 0.5, m.run = 18;
+  m.record = 8, m.entry = 1, m.dot_entry = 0.9;
+  m.sums = 1.6, m.unpack = 0, m.beside = 96 << 10;
+  m.clipped_run = 10.5, m.clipped_dots = 10.5, m.partial_bytes = 1536 << 10;
+  return m;
+}
+
+constexpr Machine zen_5() {
+  Machine m{{{44 << 10, 1.0}, {64 << 10, 1.15}, {128 << 10, 1.4}, {256 << 10, 1.6},
+             {512 << 10, 1.8}, {1 << 20, 2.6}, {4 << 20, 8}}};
+  m.strip_bytes = 3 << 20, m.pack_blocks = 30, m.record = 8, m.entry = 2.5;
+  return m;
+}
 
 const Machine& machine() {
+  static constexpr Machine SAPPHIRE_RAPIDS = sapphire_rapids(), ZEN_4 = zen_4(), ZEN_5 = zen_5();
   switch (processor()) {
     case Processor::SAPPHIRE_RAPIDS: return SAPPHIRE_RAPIDS;
     case Processor::AMD: return ZEN_4;
