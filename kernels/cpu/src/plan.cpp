@@ -75,7 +75,7 @@ constexpr size_t LEVELS = 7;
 
 // What cost() knows of a processor, in cycles. Levels are as measured with loads alone, but above 256 KB on Zen 5,
 // where they are what ranks tilings as their times do. Those of Zen 4 and of Sapphire Rapids and newer Xeons, and what
-// stands beside them, were fitted to times of tilings: 36,000 of 32 passes, 19,500 of 137. What is said here is Cascade
+// stands beside them, were fitted to times of tilings: 36,000 of 32 passes, 19,500 of 137. The defaults are Cascade
 // Lake's.
 struct Machine {
   Level level[LEVELS];
@@ -83,12 +83,12 @@ struct Machine {
   double pack_blocks = 12;    // to pack a line of a tile of several blocks of images, which nothing fetches ahead
   double pack_row = 6;        // to pack a line of a row of one block of images
   double pack_features = 12;  // to pack a line of a linear layer's rows
-  double pack_again = 0;      // to pack a line of a row that was packed just before; 0: as for the first time
+  double pack_again = 6;      // to pack a line of a row that was packed just before
   double run = 15;            // of each run of packed lines
   double record = 25;         // of each record beside its lines
   double entry = 1.5;         // of each entry beside its lines
   double dot_entry = 2.5;     // of an entry of a weight gradient, beside `entry`
-  double first_load = 0;      // by a weight gradient's tile, of a line of its strip of several, over what loading takes
+  double first_load = 0;      // how often a weight gradient's tile loads a line of its strip of several from L2
   double sums = 1.6;          // to load and store a line of sums, over what loading one takes
   double unpack = 1;          // to unpack a line of sums, beside loading it
   double beside = 64 << 10;   // bytes that share the caches with the sums
@@ -113,7 +113,7 @@ constexpr Machine sapphire_rapids() {
 constexpr Machine zen_4() {
   Machine m{{{26 << 10, 1.04}, {64 << 10, 1.24}, {128 << 10, 1.72}, {256 << 10, 1.82},
              {512 << 10, 2.9}, {1 << 20, 5.5}, {4 << 20, 5.6}}};
-  m.pack_blocks = 7, m.pack_row = 5.5, m.pack_features = 0.5, m.run = 18;
+  m.pack_blocks = 7, m.pack_row = m.pack_again = 5.5, m.pack_features = 0.5, m.run = 18;
   m.record = 8, m.entry = 1, m.dot_entry = 0.9;
   m.sums = 1.6, m.unpack = 0, m.beside = 96 << 10;
   m.clipped_run = 10.5, m.clipped_dots = 10.5, m.partial_bytes = 1536 << 10;
@@ -184,10 +184,10 @@ double cost(const Sizes& s, Pitches& y, Pitches& x, const Tiling& t) {
   const double lines = strips * blocks * double(s.live) * strip_lines * VECS;
   // Rows that strips share, and strips that follow each other for another block, are read from L2.
   const double inputs = double(s.live * y.inputs() * x.inputs() * s.blocks * VECS) * (s.kind == WGRAD ? blocks : 1);
-  const double again = m.pack_again > 0 && t.batch == 1 ? std::max(0.0, lines - inputs) : 0;
+  const double again = t.batch == 1 ? std::max(0.0, lines - inputs) : 0;
   const double packing = (lines - again) * line + again * m.pack_again + strips * blocks * runs * m.run;
   const double items = strips * blocks;
-  if (s.kind == WGRAD && t.strip_rows * t.strip_cols > 1)  // packed into L2, a single tile into L1
+  if (s.kind == WGRAD && t.strip_rows * t.strip_cols > 1)  // its strip is packed into L2, a single tile into L1
     tile += double(s.live) * tile_bytes / LINE * VECS * m.first_load * load_cycles(double(s.live) * strip_lines * LINE);
   double back = 0;
   if (t.strip_rows * t.strip_cols > 1 && double(s.live) * strip_lines * LINE > L2_BUDGET) {
@@ -205,6 +205,8 @@ Tiling choose(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, cons
   int count = 0;
   const Microkernel* table = microkernels(&count);
   const int64_t most = s.kind == WGRAD ? L2_BUDGET : machine().strip_bytes;
+  // Strips narrower than an axis pay where the columns that they share are cheap to pack again.
+  const bool shares = kernel[1] > 1 && machine().pack_again < machine().pack_row;
   Tiling best{};
   double best_cost = INFINITY;
   const auto consider = [&](const Tiling& t) {
@@ -231,7 +233,7 @@ Tiling choose(const Sizes& s, const AxisMap& axis_y, const AxisMap& axis_x, cons
           if (parts > 1 && (t.block < 16 || t.block * acc < ACC_BUDGET / 4)) continue;
           for (int64_t sy : {int64_t(1), int64_t(2), int64_t(4), whole_y})
             for (int64_t sx : {int64_t(1), int64_t(2), int64_t(4), whole_x}) {
-              if (sx != 1 && sx != whole_x && (kernel[1] == 1 || !machine().pack_again)) continue;  // share no columns
+              if (sx != 1 && sx != whole_x && !shares) continue;
               t.strip_rows = std::min(sy, whole_y);
               t.strip_cols = std::min(sx, whole_x);
               const int64_t strip = y(t.rows * t.strip_rows) * x(t.cols * t.strip_cols) * batch * LINE;

@@ -250,7 +250,9 @@ def test_small_images_get_tiles_of_whole_images(size, isa):
         pytest.skip("fewer registers hold only the smallest")
     mask = torch.rand(64, 64, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.05
     p = ConvPlan(mask, 1, 1, isa=isa)
-    for kind in ("fprop", "dgrad"):  # of weight gradients of 4x4 half of an image is as fast
+    for kind in ("fprop", "dgrad", "wgrad"):
+        if (kind, size) == ("wgrad", 4):  # half of an image is as fast
+            continue
         tiling, _ = p.tiling(kind, size, size, 128)
         assert (tiling.rows, tiling.cols) == (size, size)
 
