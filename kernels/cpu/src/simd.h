@@ -30,6 +30,20 @@ SFX_INLINE void store(void* p, vf v) { *static_cast<vf_unaligned*>(p) = v; }
 SFX_INLINE vf splat(float s) { return s - vf{}; }
 SFX_INLINE vf relu(vf v) { return v < 0.0f ? vf{} : v; }  // NaN stays NaN
 
+// `v` in lanes whose byte is not zero, zero in the others.
+SFX_INLINE vf keep(vf v, const uint8_t* lanes) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes));
+  return (vf)_mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), (__m512)v);
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(lanes)));
+  return (vf)_mm256_andnot_ps((__m256)_mm256_cmpeq_epi32(wide, _mm256_setzero_si256()), (__m256)v);
+#else
+  for (int i = 0; i < LANES; ++i) v[i] = lanes[i] ? v[i] : 0.0f;
+  return v;
+#endif
+}
+
 // Writes a vector past the caches. `p` is aligned to the vector. Followed by fence() before others may read.
 SFX_INLINE void stream(float* p, vf v) {
 #if defined(__AVX512F__)
