@@ -112,6 +112,17 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
   }
 }
 
+// out[entry] = that of its slot, for the entries of cells [c0, c1) of a block.
+inline void take_entries(const PhasePlan& p, const Cell* cells, int64_t c0, int64_t c1, const float* partial, float* out) {
+  const int64_t group = p.kernel->group;
+  for (const Record* r = p.lists.records.data() + cells[c0].record[0];
+       r < p.lists.records.data() + cells[c1 - 1].record[GROUPS]; ++r) {
+    for (uint32_t i = 0; i < r->count; ++i) out[i] = partial[i];
+    out += r->count;
+    partial += ceil_div(r->count, group) * group;
+  }
+}
+
 // With more chunks than this the gradient of the output is packed: it is read again for each, and channels that lie a
 // multiple of 4 KiB apart evict each other.
 constexpr int64_t IN_PLACE_CHUNKS = 8;
@@ -127,7 +138,7 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
   };
   const int64_t entries = lists.entries(), strips = p.strips();
   // As many units as threads share evenly, of about equal sizes; one where strips can be shared instead.
-  const int64_t least = std::max<int64_t>(1, ceil_div(entries * 4, partial_budget()));
+  const int64_t least = std::max<int64_t>(1, ceil_div(lists.slots() * 4, partial_budget()));
   const int64_t wanted = least == 1 && strips > 1 ? 1 : ceil_div(least, threads) * threads;
   std::vector<Unit> units;
   int64_t most = 0;
@@ -140,7 +151,7 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
       const int64_t size = cells[c].entry[GROUPS] - e0 - before;
       if (size == 0 || (c + 1 < lists.chunks && (before + size) * parts < n * (before * parts / n + 1))) continue;
       units.push_back({b, c0, c + 1});
-      most = std::max(most, size);
+      most = std::max(most, cells[c].slot + cells[c].slots - cells[c0].slot);
       before += size;
       c0 = c + 1;
     }
@@ -162,7 +173,7 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
     char* g = x + packed;
     float* partial = reinterpret_cast<float*>(g + held);
     const Cell* cells = lists.cells.data() + unit.block * lists.chunks;
-    const int64_t e0 = cells[unit.chunk0].entry[0], n = cells[unit.chunk1 - 1].entry[GROUPS] - e0;
+    const int64_t slot = cells[unit.chunk0].slot, n = cells[unit.chunk1 - 1].slot + cells[unit.chunk1 - 1].slots - slot;
     const int64_t c0 = unit.block * lists.block, width = std::min(lists.block, lists.outputs - c0);
     std::memset(partial, 0, (n + LANES) * 4);
     const int64_t last = strips * (split + 1) / splits - 1, tiles = p.tiling.strip_rows * p.tiling.strip_cols;
@@ -207,11 +218,11 @@ void run_dot(const PassPlan& pass, const In& in, const Grad& grad, float* values
           }
           p.kernel->dot(from, p.row_bytes, lists.records.data() + cell.record[0], lists.runs_at(cell.record[0]),
                         cell.records(), lists.offset.data() + cell.entry[0], held_g, channel_pitch, row_pitch,
-                        partial + (cell.entry[0] - e0), fetches);
+                        partial + (cell.slot - slot), fetches);
         }
       }
     }
-    std::memcpy(result + split * entries + e0, partial, n * 4);
+    take_entries(p, cells, unit.chunk0, unit.chunk1, partial, result + split * entries + cells[unit.chunk0].entry[0]);
   }
 #pragma omp parallel for num_threads(threads) if (threads > 1 && entries > FORK_ENTRIES) schedule(static)
   for (int64_t k = 0; k < entries; ++k) {

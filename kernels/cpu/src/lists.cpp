@@ -79,7 +79,8 @@ std::vector<uint32_t> live_inputs(const Pattern& pattern, bool transposed, const
 }
 
 Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int64_t>& tap_offset,
-                 const std::vector<uint8_t>& tap_class, int64_t channel_bytes, int64_t chunk, int64_t block) {
+                 const std::vector<uint8_t>& tap_class, int64_t channel_bytes, int64_t chunk, int64_t block,
+                 int64_t slots) {
   Lists l;
   int64_t entries = 0;
   l.outputs = transposed ? pattern.shape.in : pattern.shape.out;
@@ -109,6 +110,7 @@ Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int6
   std::vector<int64_t> first(l.block), last(l.block);  // chunks of each output's first and last record
   std::vector<uint32_t> order, count(l.block);
   uint32_t entry = 0;
+  int64_t slot = 0;
   for (int64_t b = 0; b < l.blocks; ++b) {
     const int64_t o0 = b * l.block, width = std::min(l.block, l.outputs - o0);
     const auto run = [&](int64_t q, int64_t c) { return next.data() + ((o0 + q) * l.chunks + c) * classes; };
@@ -133,6 +135,9 @@ Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int6
         return group(a) != group(z) ? group(a) < group(z) : count[a] > count[z];
       });
       Cell& cell = l.cells[b * l.chunks + c];
+      cell.slot = slot;
+      for (uint32_t q : order) slot += (count[q] + slots - 1) / slots * slots;
+      cell.slots = slot - cell.slot;
       auto q = order.begin();
       for (int g = 0; g <= GROUPS; ++g) {
         cell.record[g] = uint32_t(l.records.size());

@@ -24,6 +24,7 @@ enum Group { WHOLE = 0, OPENING = 1, INNER = 2, CLOSING = 3, GROUPS = 4 };
 
 struct Cell {  // a block of output channels x a chunk of input channels
   uint32_t record[GROUPS + 1], entry[GROUPS + 1];  // where each group starts
+  int64_t slot, slots;                             // of a weight gradient's sums: the first, and how many
   int64_t records() const { return record[GROUPS] - record[0]; }
 };
 
@@ -40,14 +41,16 @@ struct Lists {
   std::vector<Runs> runs;                       // [records], if the tile is clipped
   std::vector<Cell> cells;                      // [blocks * chunks]
   int64_t entries() const { return int64_t(offset.size()); }
+  int64_t slots() const { return cells.back().slot + cells.back().slots; }
   const Runs* runs_at(uint32_t record) const { return runs.empty() ? nullptr : runs.data() + record; }
 };
 
 // `tap_offset` [R * S]: byte offset of each tap inside a packed channel, -1 where the phase does not have it.
 // `tap_class` [R * S]: the taps' classes if the tile is clipped, else empty.
-// `transposed` exchanges the channels' roles (dgrad).
+// `transposed` exchanges the channels' roles (dgrad). Records have a multiple of `slots` slots.
 Lists make_lists(const Pattern& pattern, bool transposed, const std::vector<int64_t>& tap_offset,
-                 const std::vector<uint8_t>& tap_class, int64_t channel_bytes, int64_t chunk, int64_t block);
+                 const std::vector<uint8_t>& tap_class, int64_t channel_bytes, int64_t chunk, int64_t block,
+                 int64_t slots);
 
 // Input channels that entries with an allowed tap read.
 std::vector<uint32_t> live_inputs(const Pattern& pattern, bool transposed, const std::vector<int64_t>& tap_offset,

@@ -118,44 +118,76 @@ void fma_kernel(const char* x, int64_t pitch, const Record* records, const Runs*
   }
 }
 
-constexpr int HELD_SUMS = 64;  // entries whose lanes wait in L1 to be summed, a multiple of LANES
+constexpr int HELD_SUMS = 64;  // slots whose lanes wait in L1 to be summed, a multiple of LANES
 
-// partial[i] += sum of the lanes of sums[i]; the entries up to the next multiple of LANES are used as scratch, so
-// that `partial` has room for LANES - 1 more.
-__attribute__((noinline)) void flush(vf* sums, int n, float* partial) {
-  for (int i = n; i % LANES; ++i) sums[i] = vf{};
-  for (int i = 0; i < n; i += LANES) store(partial + i, load(partial + i) + sum_each(sums + i));
+// Slots whose sums share a vector before they wait. The more there are, the less is stored and loaded; a record's last
+// vector may have empty ones, and so would each class of a clipped tile's few entries.
+template <class T>
+constexpr int group() {
+  const int most = REGISTERS == 32 || T::P <= 4 ? 4 : 2;  // whose sums stay in registers beside the gradient
+  return T::COLUMN || T::P + most > REGISTERS - 4 ? 1 : most;
 }
 
-// sums[entry] = g * x over the part of the tile that class K touches, for each of its entries.
+// partial[i] += sum of the lanes of slot i; the slots up to the next multiple of LANES are used as scratch, so
+// that `partial` has room for LANES - 1 more.
+template <int GROUP>
+__attribute__((noinline)) void flush(vf* sums, int n, float* partial) {
+  constexpr int VECTORS = LANES / GROUP;
+  for (int i = n; i % VECTORS; ++i) sums[i] = vf{};
+  for (int i = 0; i < n; i += VECTORS)
+    store(partial + i * GROUP, load(partial + i * GROUP) + sum_groups<GROUP>(sums + i));
+}
+
+// g * x over the part of the tile that class K touches.
 template <class T, int K>
-SFX_INLINE void multiply(const char* x, int64_t pitch, const uint32_t* offset, uint32_t count, const vf (&g)[T::P],
-                         vf* sums) {
+SFX_INLINE vf multiply(const char* x, int64_t pitch, const vf (&g)[T::P]) {
   using R = Part<T, K>;
   constexpr int CHAINS = T::P >= 16 ? 2 : 1;
-  for (uint32_t k = 0; k < count; ++k) {
-    const char* p = x + offset[k];
-    vf chain[CHAINS] = {};
+  vf chain[CHAINS] = {};
 #pragma GCC unroll 8
-    for (int j = R::TOP; j < R::BOTTOM; ++j) {
+  for (int j = R::TOP; j < R::BOTTOM; ++j) {
 #pragma GCC unroll 32
-      for (int i = R::LEFT; i < R::RIGHT; ++i) {
-        const int at = j * T::VECTORS + i;
-        chain[at % CHAINS] += g[at] * load(p + (i - R::LEFT) * VEC);
-      }
-      p += pitch;
+    for (int i = R::LEFT; i < R::RIGHT; ++i) {
+      const int at = j * T::VECTORS + i;
+      chain[at % CHAINS] += g[at] * load(x + (i - R::LEFT) * VEC);
     }
-#pragma GCC unroll 4
-    for (int c = 1; c < CHAINS; ++c) chain[0] += chain[c];
-    sums[k] = chain[0];
+    x += pitch;
   }
+#pragma GCC unroll 4
+  for (int c = 1; c < CHAINS; ++c) chain[0] += chain[c];
+  return chain[0];
+}
+
+// The same of some entries, whose sums take as many slots or, rounded up to the group, more. Returns the vectors.
+template <class T, int K>
+SFX_INLINE uint32_t multiply_each(const char* x, int64_t pitch, const uint32_t* offset, uint32_t count,
+                                  const vf (&g)[T::P], vf* sums) {
+  constexpr uint32_t GROUP = group<T>();
+  vf* const first = sums;
+  for (; count >= GROUP; count -= GROUP, offset += GROUP) {
+    vf s[GROUP];
+#pragma GCC unroll 4
+    for (uint32_t i = 0; i < GROUP; ++i) s[i] = multiply<T, K>(x + offset[i], pitch, g);
+    *sums++ = sum_group(s);
+  }
+  if constexpr (GROUP > 1) {
+    if (count) {
+      vf s[GROUP] = {};
+#pragma GCC unroll 4
+      for (uint32_t i = 0; i < GROUP - 1; ++i)
+        if (i < count) s[i] = multiply<T, K>(x + offset[i], pitch, g);
+      *sums++ = sum_group(s);
+    }
+  }
+  return uint32_t(sums - first);
 }
 
 template <class T>
 void dot_kernel(const char* x, int64_t pitch, const Record* records, const Runs* runs, int64_t n,
                 const uint32_t* offset, const char* g, int64_t g_channel, int64_t g_row, float* partial,
                 Fetches& fetches) {
-  vf sums[HELD_SUMS];
+  constexpr uint32_t GROUP = group<T>(), MOST = HELD_SUMS / GROUP;
+  vf sums[MOST];
   uint32_t used = 0;
   // The next record's gradient may lie beyond L2; on newer Xeons loading it twice costs more than waiting for it.
   const bool fetches_next = processor() != Processor::SAPPHIRE_RAPIDS;
@@ -175,29 +207,28 @@ void dot_kernel(const char* x, int64_t pitch, const Record* records, const Runs*
     }
     each_class<T>(records[r].count, runs, r, [&]([[maybe_unused]] auto k, uint32_t left) SFX_LAMBDA {
       while (left) {
-        if (used + left > HELD_SUMS && used) {
-          flush(sums, used, partial);
-          partial += used;
+        const uint32_t m = left < HELD_SUMS ? left : HELD_SUMS;
+        if (used + (m + GROUP - 1) / GROUP > MOST) {
+          flush<GROUP>(sums, used, partial);
+          partial += used * GROUP;
           used = 0;
         }
-        const uint32_t m = left < HELD_SUMS ? left : HELD_SUMS;
-        multiply<T, decltype(k)::value>(x, pitch, offset, m, held, sums + used);
-        used += m;
+        used += multiply_each<T, decltype(k)::value>(x, pitch, offset, m, held, sums + used);
         left -= m;
         offset += m;
       }
     });
     fetches.step();
   }
-  flush(sums, used, partial);
+  flush<GROUP>(sums, used, partial);
 }
 
 template <int G, int X, int S = 0>
 constexpr Microkernel entry() {
   if constexpr (G * X <= MAX_TILE)
-    return {G, X, S, fma_kernel<Tile<G, X, S>>, dot_kernel<Tile<G, X, S>>};
+    return {G, X, S, group<Tile<G, X, S>>(), fma_kernel<Tile<G, X, S>>, dot_kernel<Tile<G, X, S>>};
   else
-    return {G, X, S, nullptr, nullptr};
+    return {G, X, S, 1, nullptr, nullptr};
 }
 
 // Square tiles of N x N positions of B blocks of images.

@@ -94,8 +94,9 @@ using FmaKernel = void (*)(const char* x, int64_t pitch, const Record* records, 
                            const uint32_t* offset, const float* value, char* acc, bool first, const Sink* sink,
                            Ahead& ahead);
 
-// partial[entry] += sum over the tile and its lanes of g[channel] * x[offset]; up to LANES - 1 floats after the last
-// entry are read and written back unchanged.
+// partial[slot] += sum over the tile and its lanes of g[channel] * x[offset], where each record's entries have slots in
+// their order, rounded up to a microkernel's `group`; up to LANES - 1 floats after the last slot are read and written back
+// unchanged.
 using DotKernel = void (*)(const char* x, int64_t pitch, const Record* records, const Runs* runs, int64_t n,
                            const uint32_t* offset, const char* g, int64_t g_channel, int64_t g_row, float* partial,
                            Fetches& fetches);
@@ -103,6 +104,7 @@ using DotKernel = void (*)(const char* x, int64_t pitch, const Record* records, 
 struct Microkernel {
   int rows, vectors;
   int column;  // vectors of one column of a clipped tile, else 0
+  int group;
   FmaKernel fma;
   DotKernel dot;
 };

@@ -317,7 +317,7 @@ void finish(PhasePlan& p, const Pattern& pattern, const PassPlan& pass) {
         if (clipped) tap_class[r * kernel[1] + s] = p.pack_y.clip[r] * CLIPS + p.pack_x.clip[s];
       }
   if (p.packed_bytes(t.chunk) > int64_t(UINT32_MAX)) throw std::length_error("a packed chunk exceeds 4 GiB");
-  p.lists = make_lists(pattern, pass.kind == DGRAD, tap, tap_class, p.channel_bytes, t.chunk, t.block);
+  p.lists = make_lists(pattern, pass.kind == DGRAD, tap, tap_class, p.channel_bytes, t.chunk, t.block, p.kernel->group);
 }
 
 }  // namespace

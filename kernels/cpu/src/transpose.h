@@ -33,24 +33,31 @@ SFX_INLINE vf take_halves(vf a, vf b, std::integer_sequence<int, I...>) {
 }
 
 // s[i] becomes sums of lanes that differ in BIT: of s[i] where the lane's number has no BIT, else of s[i + BIT];
-// then the same for the next bit. A blend and a shuffle a pair, where halves side by side would take two shuffles.
-template <int BIT>
-SFX_INLINE void add_halves(vf (&s)[LANES]) {
-  if constexpr (BIT < LANES) {
+// then the same for the next bit below N. A blend and a shuffle a pair, where halves side by side would take two shuffles.
+template <int BIT, int N>
+SFX_INLINE void add_halves(vf (&s)[N]) {
+  if constexpr (BIT < N) {
     constexpr std::make_integer_sequence<int, LANES> lanes;
 #pragma GCC unroll 8
-    for (int i = 0; i < LANES; i += 2 * BIT)
+    for (int i = 0; i < N; i += 2 * BIT)
       s[i] = take_halves<BIT, false>(s[i], s[i + BIT], lanes) + take_halves<BIT, true>(s[i], s[i + BIT], lanes);
-    add_halves<2 * BIT>(s);
+    add_halves<2 * BIT, N>(s);
   }
 }
 
-// Lane i of the result is the sum of the lanes of r[i].
-SFX_INLINE vf sum_each(const vf* r) {
+// The sums of the lanes of LANES vectors, one to a lane, in two steps: sum_group() of each GROUP of them, then
+// sum_groups() of what these gave.
+template <int GROUP>
+SFX_INLINE vf sum_group(vf (&s)[GROUP]) {
+  add_halves<1, GROUP>(s);
+  return s[0];
+}
+template <int GROUP>
+SFX_INLINE vf sum_groups(const vf* r) {
   vf s[LANES];
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) s[i] = r[i];
-  add_halves<1>(s);
+  for (int i = 0; i < LANES / GROUP; ++i) s[i * GROUP] = r[i];
+  add_halves<GROUP, LANES>(s);
   return s[0];
 }
 

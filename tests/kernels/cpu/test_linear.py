@@ -41,6 +41,23 @@ def test_passes_equal_dense(case, dtype, bound, isa):
     assert error(p.wgrad(g, x), (g.double().T @ x.double()) * mask) < bound
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 7, 14, 20, 24, 28])
+def test_outputs_of_any_number_of_weights(batch, isa):
+    """None, each remainder of what shares a vector, and more than wait to be summed; tiles of few and many images."""
+    if batch > {"avx512": 28, "avx2": 6, "portable": 3}[isa]:
+        pytest.skip("such a tile has more vectors than there are registers")
+    counts = [*range(11), 63, 64, 65, 66, 67, 131, 200]
+    mask = torch.zeros(len(counts), 200, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(6)
+    for row, n in zip(mask, counts, strict=True):
+        row[torch.randperm(200, generator=generator)[:n]] = True
+    x, g = (torch.randn(450, n, generator=generator) for n in (200, len(counts)))
+    p = LinearPlan(mask, isa)
+    for chunk in (200, 67, 9):
+        p.tune("wgrad", replace(p.tiling("wgrad", 1, 1, 450)[0], batch=batch, chunk=chunk))
+        assert error(p.wgrad(g, x), (g.double().T @ x.double()) * mask) < 1e-5
+
+
 def test_a_weight_of_another_type_or_layout_and_collected_values_give_the_same():
     mask, w, x, b, g = _layer(CASES["primes"], torch.bfloat16)
     p = LinearPlan(mask)
