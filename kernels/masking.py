@@ -6,15 +6,14 @@ operators take several times as long as the memory needs.
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsefx.kernels.cpu.abi import empty, load, pointer
 from sparsefx.kernels.cpu.build import CompilerUnavailable
 from sparsefx.kernels.cpu.linear_dense import FEWEST_LANES, MOST_ROWS, linear_dense_wgrad
-
-_Sums = ctypes.c_double * 2
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -37,30 +36,45 @@ def masked_(x: Tensor, mask: Tensor) -> Tensor:
     return x
 
 
-def fold_missing_(
-    moment: Tensor, collected: Tensor, weight: Tensor, mask: Tensor, *, seen: float = 1.0, alpha: float = 1.0
-) -> None:
-    """Where `mask` is False: add `alpha * seen * collected` to `moment`, and zero `weight`.
+class Fold(NamedTuple):
+    """What is added to a first moment, and where.
 
-    Args:
+    Attributes:
         moment: First moment, changed in place.
         collected: Gradient of missing weights; what it holds at existing ones is not read.
         weight: Changed in place.
+        mask: Bool, True where a weight exists.
         seen: Factor from the gradient as collected to the one that the optimizer saw.
         alpha: Factor with which the optimizer's rule adds a gradient to the moment.
     """
-    library = _library(moment, mask, collected, weight.detach())
-    if library is None:
-        missing = collected.masked_fill(mask, 0).mul_(seen)
-        moment.add_(missing.to(moment.dtype), alpha=alpha)
-        weight.detach().masked_fill_(~mask, 0)
-        return
-    library.sfx_masked_fold(
-        pointer(moment), pointer(collected), pointer(weight), pointer(mask), moment.numel(), seen, alpha,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    _bump(moment)
-    _bump(weight)
+
+    moment: Tensor
+    collected: Tensor
+    weight: Tensor
+    mask: Tensor
+    seen: float = 1.0
+    alpha: float = 1.0
+
+
+def fold_missing_(folds: Sequence[Fold]) -> None:
+    """Where `mask` is False: add `alpha * seen * collected` to `moment`, and zero `weight`; of all folds at once."""
+    arrays: list[int] = []
+    factors: list[float] = []
+    changed: list[Tensor] = []
+    for moment, collected, weight, mask, seen, alpha in folds:
+        if _library(moment, mask, collected, weight) is None:
+            missing = collected.masked_fill(mask, 0).mul_(seen)
+            moment.add_(missing.to(moment.dtype), alpha=alpha)
+            weight.detach().masked_fill_(~mask, 0)
+            continue
+        arrays += [t.data_ptr() for t in (moment, collected, weight, mask)]
+        arrays.append(moment.numel())
+        factors += seen, alpha
+        changed += moment, weight
+    if changed:
+        words, numbers = (ctypes.c_int64 * len(arrays))(*arrays), (ctypes.c_float * len(factors))(*factors)
+        load().sfx_masked_fold(words, numbers, len(factors) // 2, torch.get_num_threads())
+        _bump(*changed)
 
 
 def masked_product(grad: Tensor, x: Tensor, mask: Tensor, *, keep: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -78,15 +92,25 @@ def masked_product(grad: Tensor, x: Tensor, mask: Tensor, *, keep: bool = False)
     return (masked(dense, mask), dense) if keep else (masked_(dense, mask), None)
 
 
-def products(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """`<a, b>` and `<b, b>`, summed alike, so that they are equal where `a` is `b` wherever `b` is not zero."""
-    library = _library(a, None, b)
-    if library is None:
-        left, right = a.reshape(-1), b.reshape(-1).to(a.dtype)
-        return float(torch.dot(left, right)), float(torch.dot(right, right))
-    sums = _Sums()
-    library.sfx_products(pointer(a), pointer(b), a.numel(), ctypes.addressof(sums), torch.get_num_threads())
-    return sums[0], sums[1]
+def products(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
+    """`<a, b>` and `<b, b>` of each pair, summed alike: they are equal where `a` is `b` wherever `b` is not zero."""
+    found: list[tuple[float, float]] = []
+    arrays: list[int] = []
+    places: list[int] = []
+    for a, b in pairs:
+        if _library(a, None, b) is None:
+            left, right = a.reshape(-1), b.reshape(-1).to(a.dtype)
+            found.append((float(torch.dot(left, right)), float(torch.dot(right, right))))
+            continue
+        places.append(len(found))
+        found.append((0.0, 0.0))
+        arrays += a.data_ptr(), b.data_ptr(), a.numel()
+    if places:
+        words, sums = (ctypes.c_int64 * len(arrays))(*arrays), (ctypes.c_double * (2 * len(places)))()
+        load().sfx_products(words, len(places), sums, torch.get_num_threads())
+        for k, place in enumerate(places):
+            found[place] = sums[2 * k], sums[2 * k + 1]
+    return found
 
 
 class MaskBits:
@@ -134,16 +158,16 @@ class Masks:
 
 def any_nonzero(x: Tensor) -> bool:
     """Whether an element of `x` is not zero."""
-    return bool(x.any()) if _library(x, None) is None else products(x, x)[1] != 0
+    return bool(x.any()) if _library(x, None) is None else products([(x, x)])[0][1] != 0
 
 
 def _library(x: Tensor, mask: Tensor | None, *others: Tensor) -> ctypes.CDLL | None:
-    """The C++ library where all tensors can be walked as one array each."""
+    """The C++ library where all tensors can be walked as one array each; only `others` may be leaves of a graph."""
     if x.requires_grad or not (x.is_contiguous() or _dense(x)):
         return None
     shape, stride = x.shape, x.stride()
     for tensor in (x, *others):
-        plain = type(tensor) is Tensor and tensor.is_cpu and tensor.dtype == torch.float32
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.dtype == torch.float32
         if not plain or tensor.shape != shape or tensor.stride() != stride:
             return None
     if mask is not None and (type(mask) is not Tensor or mask.shape != shape or mask.stride() != stride):
@@ -177,10 +201,11 @@ def compiles() -> bool:
     return _loaded() is not None
 
 
-def _bump(x: Tensor) -> None:
+def _bump(*tensors: Tensor) -> None:
     """Let autograd notice a write through a pointer."""
-    if not x.is_inference():
-        torch.autograd.graph.increment_version(x)
+    versioned = [x for x in tensors if not x.is_inference()]
+    if versioned:
+        torch.autograd.graph.increment_version(versioned)
 
 
 def _dense(x: Tensor) -> bool:

@@ -220,7 +220,7 @@ class Runtime:
 
     def stage(self, dense: Tensor) -> None:
         """Keep the dense gradient until it is known whether this backward pass reaches `.grad`."""
-        wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
+        wide = dense if dense.dtype == torch.float32 else dense.to(torch.promote_types(dense.dtype, torch.float32))
         backward_pass = torch._C._current_graph_task_id()
         staged = self._staged.get(backward_pass)
         if staged is not None:

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 
 from sparsefx.errors import SchedulerError
-from sparsefx.kernels import masking
 from sparsefx.shards import part, part_like, whole
 
 ADAMS = (Adam, AdamW, NAdam, RAdam)
@@ -61,25 +60,17 @@ def first_moment(optimizer: Optimizer, weight: Tensor) -> Tensor | None:
     return state.get("exp_avg" if isinstance(optimizer, ADAMS) else "momentum_buffer")
 
 
-def fold_missing_(
-    moment: Tensor, group: dict, collected: Tensor, weight: Tensor, mask: Tensor, *, seen: float, first: bool
-) -> None:
-    """Add to a first moment, at missing weights, the gradient that the optimizer saw as zero, and zero these weights.
+def folded(group: dict, *, first: bool) -> float:
+    """Factor with which an optimizer's rule adds a gradient to the first moment.
 
-    The rule is linear, so this gives what the step would have, had the gradient been in `.grad`.
+    The rule is linear: what the step saw as zero can be added afterwards.
 
     Args:
-        moment: The first moment after the step, changed in place.
         group: The weight's parameter group.
-        collected: The dense gradient as collected.
-        weight: Changed in place.
-        mask: Bool, True where a weight exists.
-        seen: Factor from the gradient as collected to the one that the optimizer saw.
         first: Whether the step made the moment; SGD's first buffer is the gradient itself, undamped.
     """
     scale = 1 - group["betas"][0] if "betas" in group else (1.0 if first else 1 - group["dampening"])
-    alpha = -scale if group.get("maximize") else scale
-    masking.fold_missing_(moment, collected, weight, mask, seen=seen, alpha=alpha)
+    return -scale if group.get("maximize") else scale
 
 
 def normalized(optimizer: Optimizer, group: dict, weight: Tensor) -> Tensor:
@@ -111,21 +102,12 @@ def skipped(optimizer: Optimizer) -> bool:
     return found is not None and bool(found > 0)
 
 
-def products(collected: Tensor, grad: Tensor) -> tuple[float, float]:
-    """`<collected, grad>` and `<grad, grad>`: what `scale_seen` compares.
-
-    Args:
-        collected: Dense gradient as it left backward.
-        grad: `.grad` at the step, zero at missing weights.
-    """
-    return masking.products(collected, grad.detach().to(collected.dtype))
-
-
 def scale_seen(products: Sequence[float], otherwise: float) -> float:
     """The factor between gradients as collected and as the optimizer saw them (loss scale, clipping).
 
     Args:
-        products: From `products`, of one layer or summed over several.
+        products: Of one layer, or summed over several: of the dense gradient as it left backward with `.grad` at the
+            step, and of that with itself.
         otherwise: The factor where the existing weights had no gradient to compare.
     Returns:
         Exactly 1 where nothing scaled the gradients.

@@ -44,7 +44,7 @@ class Ranks:
         return tensor
 
     def mean_products(self, products: Mapping[str, tuple[float, float]], names: Sequence[str]) -> Products:
-        """`moments.products` of the mean gradient, by layer; one small all-reduce.
+        """Products of the mean gradient, as `moments.scale_seen` compares them, by layer; one small all-reduce.
 
         Args:
             products: Of this rank's gradient; layers without one are left out.

@@ -1,11 +1,18 @@
 """Tensors that ranks share out between them (`fully_shard` makes DTensors of parameters): whole ones and own parts."""
 
+import functools
+
 from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
-    return hasattr(tensor, "full_tensor")
+    return _shards(type(tensor))
+
+
+@functools.cache
+def _shards(kind: type[Tensor]) -> bool:
+    return hasattr(kind, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:

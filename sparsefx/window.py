@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsefx import moments
-from sparsefx.kernels.masking import masked_
+from sparsefx.kernels import masking
 from sparsefx.layers import SparseLayer
 from sparsefx.ranks import Ranks
 from sparsefx.shards import is_sharded, mean_part_like, part, part_like
@@ -37,6 +37,7 @@ class Window:
         self.stale = False
         self.partial = False
         self._fresh: set[str] = set()
+        self._sharded = False
 
     def places(self) -> dict[str, tuple[Optimizer, dict]]:
         """Optimizer and parameter group of each sparse weight that is trained, in the layers' order."""
@@ -55,15 +56,17 @@ class Window:
 
     def set_open(self, is_open: bool) -> None:
         """Open or close the window for the next step."""
-        if not (self.open or is_open):
+        if is_open == self.open and not (is_open and self._sharded):
             return
         if self.open and not is_open:
             self.clear_missing()
         self.open = is_open
+        self._sharded = False
         places = self.places() if is_open else {}
         for name, layer in self.layers.items():
             layer.collect_(name in places)
             if is_sharded(layer.weight):
+                self._sharded = True  # by what may be another object at each step
                 layer.runtime.__dict__["stepped"] = weakref.ref(layer.weight)
             if name not in places:
                 layer.runtime.collected = None
@@ -87,7 +90,7 @@ class Window:
             layer = self.layers[name]
             moment = moments.first_moment(optimizer, layer.weight)
             if moment is not None:
-                masked_(part(moment), part_like(layer.weight_mask, layer.weight))
+                masking.masked_(part(moment), part_like(layer.weight_mask, layer.weight))
                 layer.zero_missing_()
         self.partial = False
 
@@ -117,20 +120,25 @@ class Window:
         Returns:
             Names of the layers that had one.
         """
-        ready, products = {}, {}
+        ready: dict[str, tuple[dict, Tensor, Tensor]] = {}
+        pairs: list[tuple[Tensor, Tensor]] = []
         for name, group in mine.items():
-            weight = self.layers[name].weight
-            grad, collected = weight.grad, self._collected(self.layers[name])
-            moment = moments.first_moment(optimizer, weight)
+            layer = self.layers[name]
+            weight, collected = layer.weight, self._collected(layer)
+            grad, moment = weight.grad, moments.first_moment(optimizer, weight)
             if grad is not None and collected is not None and moment is not None:
-                ready[name] = (group, collected, part(moment))
-                products[name] = moments.products(collected, part(grad))
-        products = self.ranks.mean_products(products, list(mine))
+                ready[name] = group, collected, part(moment)
+                pairs.append((collected, part(grad).detach().to(collected.dtype)))
+        products = self.ranks.mean_products(dict(zip(ready, masking.products(pairs), strict=True)), list(mine))
         whole = moments.scale_seen([sum(column) for column in zip(*products.values(), strict=True)], 1.0)
+        folds = []
         for name, (group, collected, moment) in ready.items():
-            weight = self.layers[name].weight
-            mask, seen = part_like(self.layers[name].weight_mask, weight), moments.scale_seen(products[name], whole)
-            moments.fold_missing_(moment, group, collected, part(weight), mask, seen=seen, first=name in self._fresh)
+            layer = self.layers[name]
+            weight, seen = layer.weight, moments.scale_seen(products[name], whole)
+            mask = part_like(layer.weight_mask, weight)
+            alpha = moments.folded(group, first=name in self._fresh)
+            folds.append(masking.Fold(moment, collected, part(weight), mask, seen, alpha))
+        masking.fold_missing_(folds)
         replicated = any(not is_sharded(self.layers[name].weight) for name in mine)
         self.partial = self.partial or (replicated and self.ranks.several)
         return set(ready)

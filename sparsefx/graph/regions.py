@@ -213,7 +213,7 @@ def observed(model: nn.Module) -> bool:
 
 def call_key(inputs: tuple[Tensor, ...]) -> tuple:
     """What the choice depends on: shapes, types and memory formats, whether a backward pass follows, autocast."""
-    device = inputs[0].device.type if inputs else "cpu"
+    device = "cpu" if not inputs or inputs[0].is_cpu else inputs[0].device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return torch.is_grad_enabled(), cast, *((x.shape, x.dtype, is_channels_last(x)) for x in inputs)
 

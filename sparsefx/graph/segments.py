@@ -9,7 +9,7 @@ layers is not as it was, they run one by one. Both give the same numbers to the 
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -153,21 +153,25 @@ class Group:
         self._cuts: dict[tuple, Cut] = {}
 
     def __call__(self, given: Sequence[Any]) -> Sequence[Any]:
-        key = (torch.is_grad_enabled(), *(x.shape if isinstance(x, Tensor) else None for x in given))
+        key = (torch.is_grad_enabled(), *[x.shape if isinstance(x, Tensor) else None for x in given])
         cut = self._cuts.get(key)
         if cut is None or not cut.holds():
             if len(self._cuts) >= _MOST_KINDS:
                 self._cuts.clear()
             cut = self._cuts[key] = Cut(self.model, self.run, {})
-        values = dict(zip(self.inputs, given, strict=True))
         others: list[Node] = []
-        for piece in cut.pieces:
-            found = piece([values[node] for node in piece.inputs], others)
-            values.update(zip(piece.outputs, found, strict=True))
+        if len(cut.pieces) == 1:  # which has the run's inputs and outputs
+            results = cut.pieces[0](given, others)
+        else:
+            values = dict(zip(self.inputs, given, strict=True))
+            for piece in cut.pieces:
+                found = piece([values[node] for node in piece.inputs], others)
+                values.update(zip(piece.outputs, found, strict=True))
+            results = [values[node] for node in self.outputs]
         if others:
             alone = {node: _plan(_layer(self.model, node)) for node in others}
             self._cuts[key] = Cut(self.model, self.run, cut.alone | alone)
-        return [values[node] for node in self.outputs]
+        return results
 
 
 class Cut:
@@ -183,7 +187,7 @@ class Cut:
 
     def holds(self) -> bool:
         """Whether none of the layers has a new plan, with which a program may run it."""
-        return all(_plan(_layer(self.model, node)) is plan for node, plan in self.alone.items())
+        return not self.alone or all(_plan(_layer(self.model, node)) is plan for node, plan in self.alone.items())
 
 
 def _layer(model: nn.Module, node: Node) -> Any:
@@ -225,13 +229,15 @@ class Piece:
     def _program(self, given: Sequence[Any], others: list[Node]) -> "Program | None":
         """What computes a call, if something does."""
         tensors = [given[i] for i in self.tensors]
-        if _observed() or not compiles() or not all(_plain(t) for t in tensors):
+        if _observed() or not all(map(_plain, tensors)):
             return None
         grad = torch.is_grad_enabled()
-        key = (tuple((t.shape, t.requires_grad and grad) for t in tensors), tuple(given[i] for i in self.images), grad)
+        key = (grad, *[given[i] for i in self.images], *[(t.shape, t.requires_grad and grad) for t in tensors])
         program = self._programs.get(key)
         if program is not None and program.holds():
             return program
+        if not compiles():
+            return None
         state = self.state(grad)
         if state is None:
             return None
@@ -301,12 +307,21 @@ class Program:
 
     def holds(self) -> bool:
         """Whether the layers are what they were when it was last looked: a few microseconds a model, at every call."""
-        tensors = [_tensor(layer, name) for layer, name in self._seen]
+        for owner, name, tensor, address, stride, dtype, learns in self._stamps:
+            if owner.get(name) is not tensor:
+                return False
+            if tensor is not None and (
+                tensor.data_ptr() != address
+                or tensor.requires_grad is not learns
+                or tensor.dtype is not dtype
+                or tensor.stride() != stride
+            ):
+                return False
+        for layer in self.piece.masked:
+            if layer.__dict__["_bound"]() is not layer._parameters["weight"]:
+                return False
         return (
-            all(map(operator.is_, tensors, self._tensors))
-            and list(map(_stamp, tensors)) == self._stamps
-            and all(layer.__dict__["_bound"]() is layer._parameters["weight"] for layer in self.piece.masked)
-            and all(_modes(norm) == modes for norm, modes in self._norms)
+            all(_modes(norm) == modes for norm, modes in self._norms)
             and all(_plan(layer) is plan for layer, plan in self._plans)
             and all(runtime.collecting for runtime in self._windows)
             and (self._masks is None or self._masks.same())
@@ -327,17 +342,17 @@ class Program:
         return True
 
     def _look(self) -> None:
-        self._tensors = [_tensor(layer, name) for layer, name in self._seen]
-        self._stamps = list(map(_stamp, self._tensors))
+        self._stamps = [_Stamp.of(layer, name) for layer, name in self._seen]
+        self._given = [t for i in self._parameters if (t := self._stamps[i].tensor) is not None]
         self._norms = [(norm, _modes(norm)) for norm in self.piece.norms]
         pairs = [(plan.bits, layer.weight_mask) for layer, plan in self._plans]
         self._masks = Masks(pairs) if pairs else None
 
     def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The outputs of the layers, which are what they were when it was last looked."""
-        self._count()
-        parameters = [self._tensors[i] for i in self._parameters]
-        return Step(self.segment, parameters, self._weights, self._again).run(tensors)
+        if self._tracked:
+            self._count()
+        return Step(self.segment, self._given, self._weights, self._again).run(tensors)
 
     def _count(self) -> None:
         """Note that the running statistics move."""
@@ -482,9 +497,24 @@ def _tensor(layer: nn.Module, name: str) -> Any:
     return layer._buffers.get(name) if found is None else found
 
 
-def _stamp(tensor: Tensor | None) -> tuple | None:
-    """What tells whether a tensor still is where and as it was."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.stride(), tensor.dtype, tensor.requires_grad)
+class _Stamp(NamedTuple):
+    """What tells whether a tensor of a layer still is where and as it was, and where to look for it."""
+
+    owner: dict[str, Tensor | None]
+    name: str
+    tensor: Tensor | None
+    address: int = 0
+    stride: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    learns: bool = False
+
+    @classmethod
+    def of(cls, layer: nn.Module, name: str) -> "_Stamp":
+        owner: Any = layer._parameters if name in layer._parameters else layer._buffers
+        tensor = owner.get(name)
+        if tensor is None:
+            return cls(owner, name, None)
+        return cls(owner, name, tensor, tensor.data_ptr(), tensor.stride(), tensor.dtype, tensor.requires_grad)
 
 
 def _masked_state(layer: SparseLayer, grad: bool) -> tuple | None:

@@ -57,38 +57,50 @@ def test_a_gradient_that_is_differentiated_again_stays_in_the_graph():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_fold(shape, threads):
+def test_fold(threads):
+    """Several at once, one of them in double, which C++ does not take."""
     torch.set_num_threads(threads)
-    mask, moment, collected = tensors(shape, 2)
-    weight = torch.randn(shape, requires_grad=True)
-    expected = torch.where(mask, moment, moment + 0.5 * (collected * 0.25))
-    kept = torch.where(mask, weight.detach(), 0.0)
-    versions = moment._version, weight._version
-    masking.fold_missing_(moment, collected, weight, mask, seen=0.25, alpha=0.5)
-    finite = expected.isfinite()
-    torch.testing.assert_close(moment[finite], expected[finite], rtol=1e-6, atol=1e-6)
-    assert torch.equal(moment.isnan(), expected.isnan())
-    assert torch.equal(moment[mask].nan_to_num(), expected[mask].nan_to_num())
-    assert torch.equal(weight.detach(), kept)
-    assert moment._version > versions[0]
-    assert weight._version > versions[1]
+    folds, expected, versions = [], [], []
+    for shape in SHAPES.values():
+        mask, moment, collected = tensors(shape, 2, torch.float64 if shape == SHAPES["small"] else torch.float32)
+        weight = torch.randn(shape, dtype=moment.dtype, requires_grad=True)
+        seen, alpha = 0.25 / len(shape), 0.5
+        folded = torch.where(mask, moment, moment + alpha * (collected * seen))
+        expected.append((folded, torch.where(mask, weight.detach(), 0.0)))
+        folds.append(masking.Fold(moment, collected, weight, mask, seen, alpha))
+        versions.append((moment._version, weight._version))
+    masking.fold_missing_(folds)
+    for fold, (moment, kept), before in zip(folds, expected, versions, strict=True):
+        finite = moment.isfinite()
+        torch.testing.assert_close(fold.moment[finite], moment[finite], rtol=1e-6, atol=1e-6)
+        assert torch.equal(fold.moment.isnan(), moment.isnan())
+        assert torch.equal(fold.moment[fold.mask].nan_to_num(), moment[fold.mask].nan_to_num())
+        assert torch.equal(fold.weight.detach(), kept)
+        assert fold.moment._version > before[0]
+        assert fold.weight._version > before[1]
 
 
-def test_products_are_right_and_do_not_depend_on_threads():
-    a, b = torch.randn(70_001), torch.randn(70_001)
+def test_products_are_right_and_do_not_depend_on_threads_or_neighbours():
+    pairs = [(torch.randn(n), torch.randn(n)) for n in (70_001, 5, 16_384, 40_000)]
+    turned = torch.randn(300, 200).T, torch.randn(300, 200).T  # torch's own
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        found.append(masking.products(a, b))
-    assert found[0] == found[1]
-    assert found[0] == pytest.approx((float(a.double() @ b.double()), float(b.double() @ b.double())), rel=1e-12)
+        together = masking.products([*pairs[:2], turned, *pairs[2:]])
+        assert together.pop(2) == pytest.approx(
+            (float((turned[0] * turned[1]).sum()), float(turned[1].norm()) ** 2), rel=1e-4, abs=0.1
+        )
+        found += together, [masking.products([pair])[0] for pair in pairs]
+    assert all(one == found[0] for one in found)
+    for (a, b), sums in zip(pairs, found[0], strict=True):
+        assert sums == pytest.approx((float(a.double() @ b.double()), float(b.double() @ b.double())), rel=1e-12)
+    assert masking.products([]) == []
 
 
 def test_products_of_a_masked_gradient_with_its_dense_one_are_equal():
     mask = torch.rand(50_000) < 0.05
     dense = torch.randn(50_000)
-    first, second = masking.products(dense, masking.masked(dense, mask))
+    ((first, second),) = masking.products([(dense, masking.masked(dense, mask))])
     assert first == second
 
 

@@ -91,9 +91,9 @@ void sfx_channel_sums(int dtype, const void* x, int64_t images, int64_t channels
 
 // out = x where mask, zero elsewhere; `out` may be `x`.
 void sfx_masked_copy(const float* x, const uint8_t* mask, float* out, int64_t n, int threads);
-// Where mask is false: moment += alpha * (collected * seen), weight = 0.
-void sfx_masked_fold(float* moment, const float* collected, float* weight, const uint8_t* mask, int64_t n, float seen,
-                     float alpha, int threads);
+// Where mask is false: moment += alpha * (collected * seen), weight = 0; for each of `count` (moment, collected, weight,
+// mask, n) as five words, and (seen, alpha).
+void sfx_masked_fold(const int64_t* arrays, const float* factors, int64_t count, int threads);
 // bits: one for each of the mask's n bytes, in words of 64, set where the byte is not zero.
 void sfx_mask_pack(const uint8_t* mask, uint64_t* bits, int64_t n, int threads);
 // Whether all of `count` masks have the bits that sfx_mask_pack found: (mask, bits, n) of each as three words.
@@ -104,8 +104,8 @@ void sfx_add(const float* a, const float* b, float* out, int64_t n, int threads)
 void sfx_column_sums(const float* x, int64_t rows, int64_t columns, float* sums, int threads);
 // out = grad where y > 0, zero elsewhere.
 void sfx_relu_backward(const float* grad, const float* y, float* out, int64_t n, int threads);
-// sums: <a, b> and <b, b>.
-void sfx_products(const float* a, const float* b, int64_t n, double* sums, int threads);
+// sums: <a, b> and <b, b> of each of `count` (a, b, n) as three words.
+void sfx_products(const int64_t* arrays, int64_t count, double* sums, int threads);
 
 // Max pooling of blocked activations, and its gradient; `taps` has a byte for each output. prologue: of the forward's
 // input, may be null.

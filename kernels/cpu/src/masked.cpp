@@ -1,5 +1,7 @@
 // One pass over memory for what sparse training does to dense weights, gradients and moments, and to gradients of
 // activations.
+#include <omp.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -16,12 +18,36 @@ constexpr int64_t WORDS = 1 << 10;      // that are worth a thread
 
 constexpr int64_t CHUNK = 1 << 14;
 
+int64_t chunks_of(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
+
 template <class F>
 void in_chunks(int64_t n, int threads, F&& run) {
-  const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+  const int64_t chunks = chunks_of(n);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1) schedule(static)
-  for (int64_t c = 0; c < chunks; ++c) run(c, c * CHUNK, c + 1 < chunks ? CHUNK : n - c * CHUNK);
+  for (int64_t c = 0; c < chunks; ++c) run(c * CHUNK, std::min(CHUNK, n - c * CHUNK));
 }
+
+// The chunks of several arrays, in their order.
+struct Chunks {
+  std::vector<int64_t> first;  // chunk of each array, then how many there are
+
+  // sizes[a * pitch]: elements of array a.
+  Chunks(const int64_t* sizes, int64_t pitch, int64_t count) : first(count + 1) {
+    for (int64_t a = 0; a < count; ++a) first[a + 1] = first[a] + chunks_of(sizes[a * pitch]);
+  }
+  // Calls run(chunk, array, start) for each. A thread has the same part of an array in all passes over it.
+  template <class F>
+  void each(int threads, F&& run) const {
+#pragma omp parallel num_threads(threads) if (threads > 1 && first.back() > 1)
+    {
+      const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+      for (size_t a = 0; a + 1 < first.size(); ++a) {
+        const int64_t n = first[a + 1] - first[a];
+        for (int64_t c = n * thread / team; c < n * (thread + 1) / team; ++c) run(first[a] + c, a, c * CHUNK);
+      }
+    }
+  }
+};
 
 uint64_t bits_of(const uint8_t* mask) {
 #if defined(__AVX512BW__)
@@ -73,7 +99,7 @@ int sfx_masks_same(const int64_t* masks, int64_t count, int threads) {
 }
 
 void sfx_masked_copy(const float* x, const uint8_t* mask, float* out, int64_t n, int threads) {
-  in_chunks(n, sfx::team(threads), [&](int64_t, int64_t start, int64_t count) {
+  in_chunks(n, sfx::team(threads), [&](int64_t start, int64_t count) {
     const float* from = x + start;
     const uint8_t* exists = mask + start;
     float* to = out + start;
@@ -82,14 +108,16 @@ void sfx_masked_copy(const float* x, const uint8_t* mask, float* out, int64_t n,
   });
 }
 
-void sfx_masked_fold(float* moment, const float* collected, float* weight, const uint8_t* mask, int64_t n, float seen,
-                     float alpha, int threads) {
-  in_chunks(n, sfx::team(threads), [&](int64_t, int64_t start, int64_t count) {
-    float *m = moment + start, *w = weight + start;
-    const float* grad = collected + start;
-    const uint8_t* exists = mask + start;
+void sfx_masked_fold(const int64_t* arrays, const float* factors, int64_t count, int threads) {
+  Chunks(arrays + 4, 5, count).each(sfx::team(threads), [&](int64_t, int64_t array, int64_t start) {
+    const int64_t* a = arrays + 5 * array;
+    float *m = reinterpret_cast<float*>(a[0]) + start, *w = reinterpret_cast<float*>(a[2]) + start;
+    const float* grad = reinterpret_cast<const float*>(a[1]) + start;
+    const uint8_t* exists = reinterpret_cast<const uint8_t*>(a[3]) + start;
+    const float seen = factors[2 * array], alpha = factors[2 * array + 1];
+    const int64_t n = std::min(CHUNK, a[4] - start);
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < n; ++i) {
       const float folded = m[i] + alpha * (grad[i] * seen), kept = w[i];
       m[i] = exists[i] ? m[i] : folded;
       w[i] = exists[i] ? kept : 0.0f;
@@ -98,7 +126,7 @@ void sfx_masked_fold(float* moment, const float* collected, float* weight, const
 }
 
 void sfx_add(const float* a, const float* b, float* out, int64_t n, int threads) {
-  in_chunks(n, sfx::team(threads), [&](int64_t, int64_t start, int64_t count) {
+  in_chunks(n, sfx::team(threads), [&](int64_t start, int64_t count) {
 #pragma omp simd
     for (int64_t i = start; i < start + count; ++i) out[i] = a[i] + b[i];
   });
@@ -121,7 +149,7 @@ void sfx_column_sums(const float* x, int64_t rows, int64_t columns, float* sums,
 }
 
 void sfx_relu_backward(const float* grad, const float* y, float* out, int64_t n, int threads) {
-  in_chunks(n, sfx::team(threads), [&](int64_t, int64_t start, int64_t count) {
+  in_chunks(n, sfx::team(threads), [&](int64_t start, int64_t count) {
     int64_t i = start;
     for (const int64_t last = start + count - count % sfx::LANES; i < last; i += sfx::LANES)
       sfx::store(out + i, sfx::load(y + i) <= 0.0f ? sfx::vf{} : sfx::load(grad + i));
@@ -130,24 +158,28 @@ void sfx_relu_backward(const float* grad, const float* y, float* out, int64_t n,
 }
 
 // The sums do not depend on the number of threads.
-void sfx_products(const float* a, const float* b, int64_t n, double* sums, int threads) {
-  const int64_t chunks = (n + CHUNK - 1) / CHUNK;
-  std::vector<double> parts(2 * chunks);
-  in_chunks(n, sfx::team(threads), [&](int64_t c, int64_t start, int64_t count) {
-    const float *left = a + start, *right = b + start;
+void sfx_products(const int64_t* arrays, int64_t count, double* sums, int threads) {
+  const Chunks chunks(arrays + 2, 3, count);
+  std::vector<double> parts(2 * chunks.first.back());
+  chunks.each(sfx::team(threads), [&](int64_t c, int64_t array, int64_t start) {
+    const int64_t* a = arrays + 3 * array;
+    const float *left = reinterpret_cast<const float*>(a[0]) + start, *right = reinterpret_cast<const float*>(a[1]) + start;
+    const int64_t n = std::min(CHUNK, a[2] - start);
     double ab = 0, bb = 0;
 #pragma omp simd reduction(+ : ab, bb)
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < n; ++i) {
       ab += double(left[i]) * double(right[i]);
       bb += double(right[i]) * double(right[i]);
     }
     parts[2 * c] = ab;
     parts[2 * c + 1] = bb;
   });
-  sums[0] = sums[1] = 0;
-  for (int64_t c = 0; c < chunks; ++c) {
-    sums[0] += parts[2 * c];
-    sums[1] += parts[2 * c + 1];
+  for (int64_t a = 0; a < count; ++a) {
+    sums[2 * a] = sums[2 * a + 1] = 0;
+    for (int64_t c = chunks.first[a]; c < chunks.first[a + 1]; ++c) {
+      sums[2 * a] += parts[2 * c];
+      sums[2 * a + 1] += parts[2 * c + 1];
+    }
   }
 }
 
