@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsefx.kernels.cpu.abi import empty, load, pointer
 from sparsefx.kernels.cpu.build import CompilerUnavailable
 from sparsefx.kernels.cpu.linear_dense import FEWEST_LANES, MOST_ROWS, linear_dense_wgrad
+from sparsefx.kernels.spec import same_order
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -165,12 +166,12 @@ def _library(x: Tensor, mask: Tensor | None, *others: Tensor) -> ctypes.CDLL | N
     """The C++ library where all tensors can be walked as one array each; only `others` may be leaves of a graph."""
     if x.requires_grad or not (x.is_contiguous() or _dense(x)):
         return None
-    shape, stride = x.shape, x.stride()
+    shape = x.shape
     for tensor in (x, *others):
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.dtype == torch.float32
-        if not plain or tensor.shape != shape or tensor.stride() != stride:
+        if not plain or tensor.shape != shape or not same_order(tensor, x):
             return None
-    if mask is not None and (type(mask) is not Tensor or mask.shape != shape or mask.stride() != stride):
+    if mask is not None and (type(mask) is not Tensor or mask.shape != shape or not same_order(mask, x)):
         return None
     return _loaded()
 

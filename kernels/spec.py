@@ -57,6 +57,15 @@ def channels(x: Tensor, spec: ConvSpec) -> int:
     return x.shape[0] if spec.images and x.dim() == 4 else x.shape[1]
 
 
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors of one shape have their elements in the same order: strides of dimensions of size 1 say nothing.
+
+    A 1x1 convolution's weight has other ones in channels_last, and is contiguous all the same.
+    """
+    one, other = a.stride(), b.stride()
+    return one == other or all(n == 1 or s == t for n, s, t in zip(a.shape, one, other, strict=True))
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether `x` is stored `[N, H, W, C]` and not also `[N, C, H, W]`."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

@@ -26,7 +26,7 @@ from sparsefx.kernels.cpu.segment import Parameter, Segment, Value
 from sparsefx.kernels.masking import Masks, compiles, multiplies
 from sparsefx.kernels.runtime import Runtime
 from sparsefx.kernels.segment import Step
-from sparsefx.kernels.spec import ConvSpec, is_channels_last
+from sparsefx.kernels.spec import ConvSpec, is_channels_last, same_order
 from sparsefx.layers import MASK, SparseConv2d, SparseLayer, SparseLinear
 
 Node = Any
@@ -522,7 +522,7 @@ def _masked_state(layer: SparseLayer, grad: bool) -> tuple | None:
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     if layer.__dict__["_bound"]() is not weight or weight is None or not _fits(weight):
         return None
-    if (bias is not None and not _fits(bias)) or layer.weight_mask.stride() != weight.stride():
+    if (bias is not None and not _fits(bias)) or not same_order(layer.weight_mask, weight):
         return None
     return weight.stride(), weight.requires_grad and grad, None if bias is None else bias.requires_grad and grad
 

@@ -114,6 +114,21 @@ def test_a_program_gives_the_same_bits(ran, one_by_one, images, training):
     assert_same(*found)
 
 
+def test_a_network_in_channels_last_is_one_program(ran, one_by_one):
+    """Its 1x1 convolution's weight and mask lie alike, with other strides."""
+    found = []
+    for on in (True, False):
+        one_by_one(on)
+        model = sparsefx.sparsify(net().to(memory_format=torch.channels_last), 0.4, example_inputs=X)
+        skip = model.body.skip
+        assert skip.weight.stride() != skip.weight_mask.stride()
+        settled(model)
+        ran.clear()
+        found.append(step(model, X))
+    assert len(ran) == 1
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_without_gradients_memory_is_shared_and_the_bits_are_the_same(ran, one_by_one, training):
     found = []

@@ -49,6 +49,15 @@ def test_channels_last(mask_format):
     assert equal(masking.masked_(x.clone(), mask), expected)
 
 
+def test_a_1x1_convolution_in_channels_last_lies_as_its_mask():
+    weight = torch.randn(37, 19, 1, 1)
+    mask, last = weight < 0.3, weight.as_strided(weight.shape, (19, 1, 19, 19))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert masking._library(last, mask) is masking._library(weight, mask)
+    assert torch.equal(masking.masked(last, mask), weight.masked_fill(~mask, 0))
+    assert masking._library(weight.transpose(0, 1), mask.transpose(0, 1)) is None
+
+
 def test_a_gradient_that_is_differentiated_again_stays_in_the_graph():
     mask, x = tensors((4099,), 1)
     x.requires_grad_()

@@ -113,13 +113,14 @@ void run_gather(const PassPlan& pass, const In& in, const Out& out, const float*
 }
 
 // out[entry] = that of its slot, for the entries of cells [c0, c1) of a block.
-inline void take_entries(const PhasePlan& p, const Cell* cells, int64_t c0, int64_t c1, const float* partial, float* out) {
+inline void take_entries(const PhasePlan& p, const Cell* cells, int64_t c0, int64_t c1, const float* partial,
+                         float* out) {
   const int64_t group = p.kernel->group;
-  for (const Record* r = p.lists.records.data() + cells[c0].record[0];
-       r < p.lists.records.data() + cells[c1 - 1].record[GROUPS]; ++r) {
-    for (uint32_t i = 0; i < r->count; ++i) out[i] = partial[i];
-    out += r->count;
-    partial += ceil_div(r->count, group) * group;
+  for (uint32_t r = cells[c0].record[0]; r < cells[c1 - 1].record[GROUPS]; ++r) {
+    const uint32_t count = p.lists.records[r].count;
+    for (uint32_t i = 0; i < count; ++i) out[i] = partial[i];
+    out += count;
+    partial += ceil_div(count, group) * group;
   }
 }
 

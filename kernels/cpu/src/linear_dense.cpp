@@ -134,7 +134,7 @@ void product_by_rows(const Factor& a, const Factor& b, int64_t depth, int64_t ro
     for (int64_t r = r0; r < r1 && packs; r += most)
       for (int64_t k = 0, n = std::min(most, r1 - r); k < depth; ++k)
         std::copy_n(a.at(r) + k * a.pitch, n, tiled + r * depth + k * n);
-    for (int64_t p0 = 0; p0 < panels; p0 += together) {
+    for (int64_t p0 = 0; p0 < panels && r0 < r1; p0 += together) {
       const int64_t p1 = std::min(panels, p0 + together);
       for (int64_t p = p0; p < p1; ++p)
         pack_panel(b, p * PANEL, std::min<int64_t>(PANEL, columns - p * PANEL), depth, packed + (p - p0) * held);

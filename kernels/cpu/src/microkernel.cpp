@@ -158,7 +158,7 @@ SFX_INLINE vf multiply(const char* x, int64_t pitch, const vf (&g)[T::P]) {
   return chain[0];
 }
 
-// The same of some entries, whose sums take as many slots or, rounded up to the group, more. Returns the vectors.
+// The same for each of `count` entries, whose slots are rounded up to the group. Returns how many vectors they take.
 template <class T, int K>
 SFX_INLINE uint32_t multiply_each(const char* x, int64_t pitch, const uint32_t* offset, uint32_t count,
                                   const vf (&g)[T::P], vf* sums) {

@@ -104,7 +104,7 @@ using DotKernel = void (*)(const char* x, int64_t pitch, const Record* records, 
 struct Microkernel {
   int rows, vectors;
   int column;  // vectors of one column of a clipped tile, else 0
-  int group;
+  int group;   // a record's slots are a multiple of this
   FmaKernel fma;
   DotKernel dot;
 };
