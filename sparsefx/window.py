@@ -37,7 +37,6 @@ class Window:
         self.stale = False
         self.partial = False
         self._fresh: set[str] = set()
-        self._sharded = False
 
     def places(self) -> dict[str, tuple[Optimizer, dict]]:
         """Optimizer and parameter group of each sparse weight that is trained, in the layers' order."""
@@ -56,17 +55,16 @@ class Window:
 
     def set_open(self, is_open: bool) -> None:
         """Open or close the window for the next step."""
-        if is_open == self.open and not (is_open and self._sharded):
+        sharded = is_open and any(is_sharded(layer.weight) for layer in self.layers.values())
+        if is_open == self.open and not sharded:  # a sharded weight may be another object at each step
             return
         if self.open and not is_open:
             self.clear_missing()
         self.open = is_open
-        self._sharded = False
         places = self.places() if is_open else {}
         for name, layer in self.layers.items():
             layer.collect_(name in places)
             if is_sharded(layer.weight):
-                self._sharded = True  # by what may be another object at each step
                 layer.runtime.__dict__["stepped"] = weakref.ref(layer.weight)
             if name not in places:
                 layer.runtime.collected = None

@@ -187,7 +187,7 @@ class Cut:
 
     def holds(self) -> bool:
         """Whether none of the layers has a new plan, with which a program may run it."""
-        return not self.alone or all(_plan(_layer(self.model, node)) is plan for node, plan in self.alone.items())
+        return all(_plan(_layer(self.model, node)) is plan for node, plan in self.alone.items())
 
 
 def _layer(model: nn.Module, node: Node) -> Any:
@@ -493,8 +493,12 @@ class Program:
 
 
 def _tensor(layer: nn.Module, name: str) -> Any:
-    found = layer._parameters.get(name)
-    return layer._buffers.get(name) if found is None else found
+    return _owner(layer, name).get(name)
+
+
+def _owner(layer: nn.Module, name: str) -> Any:
+    """Where a layer keeps a tensor."""
+    return layer._parameters if name in layer._parameters else layer._buffers
 
 
 class _Stamp(NamedTuple):
@@ -510,7 +514,7 @@ class _Stamp(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Module, name: str) -> "_Stamp":
-        owner: Any = layer._parameters if name in layer._parameters else layer._buffers
+        owner = _owner(layer, name)
         tensor = owner.get(name)
         if tensor is None:
             return cls(owner, name, None)

@@ -18,36 +18,34 @@ constexpr int64_t WORDS = 1 << 10;      // that are worth a thread
 
 constexpr int64_t CHUNK = 1 << 14;
 
-int64_t chunks_of(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
-
-template <class F>
-void in_chunks(int64_t n, int threads, F&& run) {
-  const int64_t chunks = chunks_of(n);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1) schedule(static)
-  for (int64_t c = 0; c < chunks; ++c) run(c * CHUNK, std::min(CHUNK, n - c * CHUNK));
-}
-
-// The chunks of several arrays, in their order.
+// The chunks of several arrays, in their order; sizes[a * pitch] elements has array a.
 struct Chunks {
+  const int64_t* sizes;
+  int64_t pitch;
   std::vector<int64_t> first;  // chunk of each array, then how many there are
 
-  // sizes[a * pitch]: elements of array a.
-  Chunks(const int64_t* sizes, int64_t pitch, int64_t count) : first(count + 1) {
-    for (int64_t a = 0; a < count; ++a) first[a + 1] = first[a] + chunks_of(sizes[a * pitch]);
+  Chunks(const int64_t* of, int64_t stride, int64_t count) : sizes(of), pitch(stride), first(count + 1) {
+    for (int64_t a = 0; a < count; ++a) first[a + 1] = first[a] + (sizes[a * pitch] + CHUNK - 1) / CHUNK;
   }
-  // Calls run(chunk, array, start) for each. A thread has the same part of an array in all passes over it.
+  // Calls run(chunk, array, start, count) for each. A thread has the same part of an array in all passes over it.
   template <class F>
   void each(int threads, F&& run) const {
 #pragma omp parallel num_threads(threads) if (threads > 1 && first.back() > 1)
     {
       const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-      for (size_t a = 0; a + 1 < first.size(); ++a) {
+      for (int64_t a = 0; a + 1 < int64_t(first.size()); ++a) {
         const int64_t n = first[a + 1] - first[a];
-        for (int64_t c = n * thread / team; c < n * (thread + 1) / team; ++c) run(first[a] + c, a, c * CHUNK);
+        for (int64_t c = n * thread / team; c < n * (thread + 1) / team; ++c)
+          run(first[a] + c, a, c * CHUNK, std::min(CHUNK, sizes[a * pitch] - c * CHUNK));
       }
     }
   }
 };
+
+template <class F>
+void in_chunks(int64_t n, int threads, F&& run) {
+  Chunks(&n, 1, 1).each(threads, [&](int64_t, int64_t, int64_t start, int64_t count) { run(start, count); });
+}
 
 uint64_t bits_of(const uint8_t* mask) {
 #if defined(__AVX512BW__)
@@ -109,13 +107,12 @@ void sfx_masked_copy(const float* x, const uint8_t* mask, float* out, int64_t n,
 }
 
 void sfx_masked_fold(const int64_t* arrays, const float* factors, int64_t count, int threads) {
-  Chunks(arrays + 4, 5, count).each(sfx::team(threads), [&](int64_t, int64_t array, int64_t start) {
+  Chunks(arrays + 4, 5, count).each(sfx::team(threads), [&](int64_t, int64_t array, int64_t start, int64_t n) {
     const int64_t* a = arrays + 5 * array;
     float *m = reinterpret_cast<float*>(a[0]) + start, *w = reinterpret_cast<float*>(a[2]) + start;
     const float* grad = reinterpret_cast<const float*>(a[1]) + start;
     const uint8_t* exists = reinterpret_cast<const uint8_t*>(a[3]) + start;
     const float seen = factors[2 * array], alpha = factors[2 * array + 1];
-    const int64_t n = std::min(CHUNK, a[4] - start);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const float folded = m[i] + alpha * (grad[i] * seen), kept = w[i];
@@ -161,10 +158,10 @@ void sfx_relu_backward(const float* grad, const float* y, float* out, int64_t n,
 void sfx_products(const int64_t* arrays, int64_t count, double* sums, int threads) {
   const Chunks chunks(arrays + 2, 3, count);
   std::vector<double> parts(2 * chunks.first.back());
-  chunks.each(sfx::team(threads), [&](int64_t c, int64_t array, int64_t start) {
+  chunks.each(sfx::team(threads), [&](int64_t c, int64_t array, int64_t start, int64_t n) {
     const int64_t* a = arrays + 3 * array;
-    const float *left = reinterpret_cast<const float*>(a[0]) + start, *right = reinterpret_cast<const float*>(a[1]) + start;
-    const int64_t n = std::min(CHUNK, a[2] - start);
+    const float* left = reinterpret_cast<const float*>(a[0]) + start;
+    const float* right = reinterpret_cast<const float*>(a[1]) + start;
     double ab = 0, bb = 0;
 #pragma omp simd reduction(+ : ab, bb)
     for (int64_t i = 0; i < n; ++i) {
